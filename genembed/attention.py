@@ -1,0 +1,89 @@
+"""One attention function for every backbone: Transformers' own for padded batches, ours for packed rows.
+
+Transformers hands each layer's queries, keys and values to a function registered by name, and passes unknown keyword
+arguments of the model's forward through to it. So packed attention works for any backbone without rewriting a model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from genembed.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from genembed.packed import PackedRows
+
+ATTENTION_NAME = "genembed"
+"""Name under which our attention is registered with Transformers."""
+
+_UNSUPPORTED = ("s_aux", "position_bias", "head_mask")
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Float[Tensor, "batch heads length head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    value: Float[Tensor, "batch kv_heads keys head_dim"],
+    attention_mask: Tensor | None,
+    *,
+    packed: PackedRows | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "batch length heads head_dim"], None]:
+    """Attend within a padded batch, or within each text of packed rows."""
+    softcap, scaling = kwargs.pop("softcap", None), kwargs.get("scaling")
+    if packed is not None:
+        for name in _UNSUPPORTED:
+            if kwargs.get(name) is not None:
+                raise ConfigurationError(f"{type(module).__name__} uses {name} in its attention, which packed rows cannot do.")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return packed.attend(module.layer_idx, query[0], key[0], value[0], scale, kwargs.get("sliding_window"), softcap)[None], None  # type: ignore[arg-type]
+    if softcap is not None:
+        mask = attention_mask if attention_mask is not None else _causal(query, key)
+        return attend(query, key, value, mask, scaling, softcap).transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+
+
+def attend(
+    query: Float[Tensor, "batch heads length head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    value: Float[Tensor, "batch kv_heads keys head_dim"],
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float | None = None,
+) -> Float[Tensor, "batch heads length head_dim"]:
+    """Attend, sharing each key head among a group of query heads.
+
+    Args:
+        query: Queries.
+        key: Keys, one head for every `heads / kv_heads` query heads.
+        value: Values, as the keys.
+        mask: True (or 0, when it is added) where a query sees a key; None when it sees all.
+        scale: Factor on the scores; None for 1/sqrt(head_dim).
+        softcap: Limit of the scores by softcap * tanh(score / softcap) (Gemma 2), which SDPA cannot do.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if softcap is None:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(scores, dim=-1) @ value
+
+
+def _causal(query: Tensor, key: Tensor) -> Tensor:
+    length, keys = query.shape[2], key.shape[2]
+    return torch.ones(length, keys, dtype=torch.bool, device=query.device).tril(keys - length)
+
+
+AttentionInterface.register(ATTENTION_NAME, attention)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

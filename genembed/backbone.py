@@ -1,0 +1,259 @@
+"""Any Hugging Face causal LM, or an encoder read as a prefix language model, as refinement sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from genembed import cpu
+from genembed.attention import ATTENTION_NAME
+from genembed.errors import ConfigurationError
+from genembed.packed import PackedRows
+from genembed.settings import ModelSettings
+from genembed.soft_token import blocked_soft_token, hard_token, soft_token
+
+_BLOCK = 4096
+"""Vocabulary entries in one block of the soft token: the block's logits stay in cache for usual batches."""
+
+
+class SoftTokenHead(nn.Module):
+    """The head of an encoder that has none of its own: one linear layer and a layer norm before the tied output embeddings."""
+
+    def __init__(self, hidden: int, vocab: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(hidden, hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.bias = nn.Parameter(torch.zeros(vocab))
+
+    def forward(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
+        """Move a last hidden state into the space of the output embeddings."""
+        return self.norm(self.dense(hidden))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class LogitHead:
+    """From a last hidden state to next-token logits: W_phi and b_phi of equation 5, and what some families do beside it."""
+
+    weight: Float[Tensor, "vocab hidden"]
+    bias: Float[Tensor, "vocab"] | None = None
+    transform: Callable[[Tensor], Tensor] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def prepare(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
+        """Apply what comes before the product with the output embeddings."""
+        return hidden if self.transform is None else self.transform(hidden)
+
+    def finish(self, scores: Float[Tensor, "rows block"]) -> Float[Tensor, "rows block"]:
+        """Apply what comes after it."""
+        if self.scale != 1.0:
+            scores = scores * self.scale
+        return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
+
+    def __call__(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
+        """Return the logits of the whole vocabulary."""
+        return self.finish(nn.functional.linear(self.prepare(hidden), self.weight, self.bias))
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> LogitHead:
+        """Read the head of a Transformers model with a language-model head."""
+        output, config = model.get_output_embeddings(), model.config.get_text_config()
+        if output is None:
+            raise ConfigurationError(f"{type(model).__name__} has no language-model head, so it cannot generate soft tokens.")
+        predictions = getattr(getattr(model, "cls", None), "predictions", None)
+        divisor = getattr(config, "logits_scaling", None)
+        return cls(
+            weight=output.weight,
+            bias=getattr(output, "bias", None),
+            transform=getattr(predictions, "transform", None),
+            scale=1.0 / divisor if divisor else float(getattr(config, "logit_scale", None) or 1.0),
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+
+
+class Backbone:
+    """A language model reduced to what refinement needs: read prompts, make the next soft token, read one more position.
+
+    Args:
+        model: A Transformers model with a language-model head, in evaluation mode.
+        settings: Attention mode and kind of token.
+        head: Replaces the model's own language-model head (needed for encoders that come without one).
+        stepper: Reads the generated positions, when an adapter works on those alone; the model itself otherwise.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: ModelSettings,
+        *,
+        head: SoftTokenHead | None = None,
+        stepper: PreTrainedModel | None = None,
+    ) -> None:
+        self.settings = settings
+        self.model = model
+        self.base: nn.Module = model.base_model
+        self.stepper: nn.Module = stepper.base_model if stepper is not None else self.base
+        self.embedding: nn.Module = model.get_input_embeddings()
+        self.trained_head = head
+        table: Tensor = self.embedding.weight  # type: ignore[assignment]
+        self.head = LogitHead(table, bias=head.bias, transform=head) if head is not None else LogitHead.of(model)
+        self.embedding_scale = _embedding_scale(self.embedding)
+        self.packable = True
+        for part in {id(self.base): self.base, id(self.stepper): self.stepper}.values():
+            part.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
+        self._product_blocks: tuple[list[Any], list[Any]] | None = None
+
+    @property
+    def causal(self) -> bool:
+        """Whether a prompt token sees only the tokens before it."""
+        return self.settings.attention == "causal"
+
+    @property
+    def adapter_on_generated_only(self) -> bool:
+        """Whether prompt and generated positions are read with different weights."""
+        return self.stepper is not self.base
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights and hidden states."""
+        return self.table.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.table.device
+
+    @property
+    def table(self) -> Float[Tensor, "vocab hidden"]:
+        """Input-embedding table E, before any scaling."""
+        return self.embedding.weight  # type: ignore[return-value]
+
+    @property
+    def hidden_size(self) -> int:
+        """Length of a hidden state, and so of an embedding."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Positions a model with learned absolute positions can read, otherwise None."""
+        config = self.model.config.get_text_config()
+        learned = config.model_type in ("gpt2", "opt", "bert", "roberta", "gpt_neo", "xlm-roberta", "electra")
+        return int(config.max_position_embeddings) if learned else None
+
+    def embed(self, input_ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch hidden"]:
+        """Look up input embeddings, with the scaling some families apply."""
+        return self.embedding(input_ids)  # type: ignore[no-any-return]
+
+    def new_cache(self) -> DynamicCache:
+        """Return an empty cache that keeps every position, also of layers with a sliding window; the masks hide the rest."""
+        return DynamicCache()
+
+    def forward(
+        self,
+        embeddings: Float[Tensor, "rows length hidden"],
+        *,
+        positions: Int[Tensor, "rows length"],
+        mask: Tensor,
+        cache: DynamicCache | None,
+        generated: bool,
+    ) -> Float[Tensor, "rows length hidden"]:
+        """Read a padded batch and return its last hidden states.
+
+        Raises:
+            ConfigurationError: Under Transformers' gradient checkpointing, which drops the cache with only a warning.
+        """
+        part = self.stepper if generated else self.base
+        if cache is not None and part.training and any(getattr(layer, "gradient_checkpointing", False) for layer in part.modules()):
+            raise ConfigurationError(
+                "Transformers' gradient checkpointing drops the KV cache, so soft tokens would see only themselves; turn it off "
+                "(model.gradient_checkpointing_disable()) or refine with RecomputedRows."
+            )
+        output = part(
+            inputs_embeds=embeddings, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=cache is not None
+        )
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def forward_packed(
+        self,
+        embeddings: Float[Tensor, "tokens hidden"],
+        positions: Int[Tensor, "tokens"],
+        *,
+        rows: PackedRows,
+        generated: bool,
+    ) -> Float[Tensor, "tokens hidden"]:
+        """Read many texts as one row; `rows` attends within each of them."""
+        part = self.stepper if generated else self.base
+        # A 4-D mask is handed through untouched; our attention does not look at it.
+        unused = embeddings.new_zeros(1, 1, 1, 1)
+        output = part(inputs_embeds=embeddings[None], position_ids=positions[None], attention_mask=unused, use_cache=False, packed=rows)
+        return output.last_hidden_state[0]  # type: ignore[no-any-return]
+
+    def next_embeddings(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
+        """Turn last hidden states into the next input: a soft token (GIRCSE, equations 5 and 6) or a hard one."""
+        if self.settings.tokens == "hard":
+            embeddings = hard_token(self.head(hidden), self.table)
+        elif torch.is_grad_enabled():
+            embeddings = soft_token(self.head(hidden), self.table, temperature=self.settings.temperature)
+        else:
+            embeddings = self._blocked(hidden)
+        return embeddings if self.embedding_scale == 1.0 else embeddings * self.embedding_scale
+
+    def pack_weights(self) -> None:
+        """Make float32 inference on CPU faster at the price of a second copy of the weights; changes nothing elsewhere."""
+        for part in {id(self.base): self.base, id(self.stepper): self.stepper}.values():
+            cpu.pack_linear_layers(part)
+        if cpu.packable(self.head.weight):
+            self._product_blocks = self._packed_blocks
+
+    @cached_property
+    def _packed_blocks(self) -> tuple[list[Any], list[Any]]:
+        head, table = self.head, self.table
+        spans = [slice(start, start + _BLOCK) for start in range(0, len(table), _BLOCK)]
+        logits = [cpu.packed_product(head.weight[span], None if head.bias is None else head.bias[span]) for span in spans]
+        return logits, [cpu.packed_product(table[span].T.contiguous()) for span in spans]
+
+    def _blocked(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
+        head, table = self.head, self.table
+        prepared = head.prepare(hidden)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        if self._product_blocks is not None:
+            products, mixes = self._product_blocks
+        else:
+            spans = [slice(start, start + _BLOCK) for start in range(0, len(table), _BLOCK)]
+            products = [_plain_product(head.weight[span], None if head.bias is None else head.bias[span]) for span in spans]
+            mixes = [_plain_mix(table[span]) for span in spans]
+        logits = [lambda product=product: head.finish(product(prepared)).to(wide) for product in products]
+        return blocked_soft_token(logits, mixes, temperature=self.settings.temperature).to(hidden.dtype)
+
+
+def _plain_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    return lambda inputs: nn.functional.linear(inputs, weight, bias)
+
+
+def _plain_mix(table: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda weights: (weights.to(table.dtype) @ table).to(weights.dtype)
+
+
+def _embedding_scale(embedding: nn.Module) -> float:
+    """Return the factor between the embedding layer's output and its table (sqrt(d) for Gemma, 1 for most).
+
+    Raises:
+        ConfigurationError: If the layer does something else than scaling, so that no average of table rows would be right.
+    """
+    table: Tensor = embedding.weight  # type: ignore[assignment]
+    ids = torch.arange(min(8, len(table)), device=table.device)
+    with torch.no_grad():
+        rows, output = table[ids].double(), embedding(ids).double()
+        scale = float((rows * output).sum() / (rows * rows).sum().clamp_min(1e-300))
+        if not torch.allclose(output, rows * scale, rtol=1e-2, atol=1e-6):
+            raise ConfigurationError(
+                f"{type(embedding).__name__} changes its table rows in a way that is not a scaling; soft tokens cannot follow it."
+            )
+    return 1.0 if abs(scale - 1.0) < 1e-6 else scale

@@ -1,0 +1,234 @@
+"""The public face: load a model, turn texts into vectors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from tqdm import tqdm
+
+from genembed import checkpoint
+from genembed.checkpoint import Loaded
+from genembed.engine import Budget, Engine
+from genembed.errors import ConfigurationError, InputError
+from genembed.halting import FixedSteps, HaltingRule
+from genembed.settings import ModelSettings
+from genembed.tokens import Tokenised, check_texts
+
+_WINDOW = 8_192
+"""Texts that are tokenised and sorted by length together: memory stays bounded however many there are."""
+
+Vectors = Float[np.ndarray, "texts hidden"]
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What happened to each text, in the caller's order."""
+
+    vectors: Float[np.ndarray, "texts hidden"]
+    """Embeddings z_{k*}, float32, unit length."""
+    steps: Int[np.ndarray, "texts"]
+    """Refinement steps done, k*."""
+    stability: Float[np.ndarray, "texts steps_minus_1"]
+    """s_2 .. s_K, the cosine of consecutive embeddings, float32; NaN after the halt."""
+    trajectory: Float[np.ndarray, "texts steps hidden"] | None
+    """z_1 .. z_K, unit vectors, float32, NaN after the halt; None unless asked for."""
+    tokens: Int[np.ndarray, "texts"]
+    """Prompt tokens read."""
+    truncated: Bool[np.ndarray, "texts"]
+    """Whether the text lost its end to the model's length limit."""
+
+
+class Embedder:
+    """A model that turns texts into unit vectors by refining them step by step.
+
+    Made by `genembed.load`. Instances are not safe for use from several threads at once.
+    """
+
+    def __init__(self, loaded: Loaded, *, budget: Budget = Budget()) -> None:  # noqa: B008  (a frozen value)
+        self.source = loaded.source
+        self.settings = loaded.backbone.settings
+        self.backbone = loaded.backbone
+        self.tokenizer = loaded.tokenizer
+        self.engine = Engine(loaded.backbone, budget)
+
+    def __repr__(self) -> str:
+        """Show where the model comes from and how it halts."""
+        return f"Embedder({self.source.name!r}, dimensions={self.get_embedding_dimension()}, halt={self.settings.halt})"
+
+    def get_embedding_dimension(self) -> int:
+        """Return the length of a vector."""
+        return self.backbone.hidden_size
+
+    @overload
+    def encode(self, texts: str, **options: Any) -> Float[np.ndarray, "hidden"]: ...
+    @overload
+    def encode(self, texts: Sequence[str], **options: Any) -> Vectors: ...
+    def encode(self, texts: str | Sequence[str], **options: Any) -> np.ndarray:
+        """Embed texts as they are, or under an instruction.
+
+        Args:
+            texts: Texts; a single string gives a single vector.
+            **options: `instruction`, `halt`, `steps`, `truncate` and `show_progress_bar`, as for `refine`.
+
+        Returns:
+            float32 unit vectors, one for each text, in order.
+        """
+        if isinstance(texts, str):
+            return self.refine([texts], **options).vectors[0]
+        return self.refine(texts, **options).vectors
+
+    @overload
+    def encode_query(self, texts: str, *, instruction: str | None = None, **options: Any) -> Float[np.ndarray, "hidden"]: ...
+    @overload
+    def encode_query(self, texts: Sequence[str], *, instruction: str | None = None, **options: Any) -> Vectors: ...
+    def encode_query(self, texts: str | Sequence[str], *, instruction: str | None = None, **options: Any) -> np.ndarray:
+        """Embed queries under an instruction, the model's own one if none is given (see `genembed info`)."""
+        return self.encode(texts, instruction=self.settings.query_instruction if instruction is None else instruction, **options)
+
+    @overload
+    def encode_document(self, texts: str, *, instruction: str | None = None, **options: Any) -> Float[np.ndarray, "hidden"]: ...
+    @overload
+    def encode_document(self, texts: Sequence[str], *, instruction: str | None = None, **options: Any) -> Vectors: ...
+    def encode_document(self, texts: str | Sequence[str], *, instruction: str | None = None, **options: Any) -> np.ndarray:
+        """Embed documents; bare for most models, as they were trained (see `genembed info`)."""
+        return self.encode(texts, instruction=self.settings.document_instruction if instruction is None else instruction, **options)
+
+    def refine(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str | None = None,
+        halt: HaltingRule | None = None,
+        steps: int | None = None,
+        keep_trajectory: bool = False,
+        truncate: Literal["right", "error"] = "right",
+        show_progress_bar: bool = False,
+    ) -> Refinement:
+        """Refine texts and tell what happened to each of them.
+
+        Args:
+            texts: Texts. Without an instruction each is read bare, without a template.
+            instruction: What the embedding is for; put before each text by the model's template.
+            halt: When a text is finished; the model's own rule if None.
+            steps: Short for `halt=FixedSteps(steps)`.
+            keep_trajectory: Also return z_1 .. z_K.
+            truncate: Cut texts that are too long from the right and flag them, or refuse them (`error`).
+            show_progress_bar: Show a bar on stderr when the work takes more than a second.
+
+        Raises:
+            TypeError: If a text is not a string; the message has its row.
+            InputError: If a text cannot be embedded, or is too long with `truncate="error"`; the message has its row.
+            ConfigurationError: If the model cannot follow the halting rule.
+            NonFiniteError: If an embedding came out non-finite or zero.
+        """
+        rule = self._rule(halt, steps)
+        if isinstance(texts, (str, bytes)):
+            raise TypeError(f"texts is a single {type(texts).__name__}: refine takes a list, [text].")
+        if truncate not in ("right", "error"):
+            raise ConfigurationError(f"truncate={truncate!r}: choose 'right' or 'error'.")
+        texts = list(texts)
+        check_texts(texts)
+        result = self._empty(len(texts), rule, keep_trajectory)
+        longest = 0
+        with tqdm(total=len(texts), unit="text", delay=1, disable=not show_progress_bar, leave=False) as bar:
+            for start in range(0, len(texts), _WINDOW):
+                tokenised = self._tokenise(texts[start : start + _WINDOW], instruction, start, truncate)
+                span = slice(start, start + len(tokenised.ids))
+                result.tokens[span], result.truncated[span] = tokenised.tokens, tokenised.truncated
+                longest = max(longest, tokenised.longest)
+                for done in self.engine.run(tokenised.ids, rule, keep_trajectory=keep_trajectory, first_row=start):
+                    result.vectors[done.index], result.steps[done.index] = done.vectors, done.steps
+                    result.stability[done.index] = done.stability
+                    if result.trajectory is not None:
+                        result.trajectory[done.index] = done.trajectory
+                    bar.update(len(done.index))
+        self._warn_truncated(result, longest)
+        return result
+
+    def similarity(self, queries: Float[np.ndarray, "queries hidden"], documents: Float[np.ndarray, "documents hidden"]) -> np.ndarray:
+        """Return the cosine of every query with every document, float32 `[queries, documents]`."""
+        return _unit(queries) @ _unit(documents).T
+
+    def first_prompt(self, text: str, *, instruction: str | None = None) -> str:
+        """Return the exact string the model reads for a text, special tokens included."""
+        ids = self.tokenizer([text], instruction).ids[0]
+        return str(self.tokenizer.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _rule(self, halt: HaltingRule | None, steps: int | None) -> HaltingRule:
+        if halt is not None and steps is not None:
+            raise ConfigurationError(f"halt={halt} and steps={steps} both say when to stop; give one of them.")
+        if halt is not None and not isinstance(halt, HaltingRule):
+            raise ConfigurationError(f"halt={halt!r}: expected a halting rule such as ConvergeStop(threshold=0.998) or FixedSteps(20).")
+        rule = FixedSteps(steps) if steps is not None else halt if halt is not None else self.settings.halt
+        self.settings.check_halt(rule)
+        return rule
+
+    def _tokenise(self, texts: list[str], instruction: str | None, start: int, truncate: str) -> Tokenised:
+        tokenised = self.tokenizer(texts, instruction, first_row=start)
+        if truncate == "error" and tokenised.truncated.any():
+            row = int(tokenised.truncated.argmax())
+            raise InputError(
+                f"row {start + row}: the text does not fit into {self.settings.max_length} tokens; shorten or split it, or allow truncate='right'."
+            )
+        return tokenised
+
+    def _empty(self, texts: int, rule: HaltingRule, keep_trajectory: bool) -> Refinement:
+        hidden, steps = self.get_embedding_dimension(), rule.max_steps
+        return Refinement(
+            vectors=np.zeros((texts, hidden), dtype=np.float32),
+            steps=np.zeros(texts, dtype=np.int64),
+            stability=np.full((texts, max(steps - 1, 0)), np.nan, dtype=np.float32),
+            trajectory=np.full((texts, steps, hidden), np.nan, dtype=np.float32) if keep_trajectory else None,
+            tokens=np.zeros(texts, dtype=np.int64),
+            truncated=np.zeros(texts, dtype=np.bool_),
+        )
+
+    def _warn_truncated(self, result: Refinement, longest: int) -> None:
+        count = int(result.truncated.sum())
+        if count:
+            warnings.warn(
+                f"{count} of {len(result.truncated)} texts were longer than {self.settings.max_length} tokens (the longest has {longest}) and lost their "
+                "end; see Refinement.truncated, or use truncate='error'.",
+                stacklevel=3,
+            )
+
+
+def load(
+    path_or_id: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    preset: str | ModelSettings | None = None,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    offline: bool = False,
+) -> Embedder:
+    """Load a model: a built-in one (`mini`), a folder, or a hub id; with or without a LoRA adapter.
+
+    Args:
+        path_or_id: Our own folder, a GIRCSE adapter folder as published, a merged LaSER-style folder, a plain causal LM,
+            or the hub id of one of them.
+        adapter: Adapter folder or hub id to put over `path_or_id`, which is then the base model.
+        preset: How the model makes an embedding, where the folder does not say: `gircse`, `laser`, `causal-eos`,
+            `bidirectional-avg`, `hard-tokens`, or a `ModelSettings`. It overrides the folder's own settings.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
+        dtype: `auto` (float32 on CPU, the checkpoint's own elsewhere), `float32`, `float64`, `bfloat16`, `float16`.
+        offline: Never touch the network; hub ids must be in the local cache.
+
+    Raises:
+        CheckpointError: If files are missing, pickled, or do not belong together.
+        ConfigurationError: If the folder has no settings and no preset is given, or a value is unknown.
+    """
+    source = checkpoint.resolve(path_or_id, adapter=adapter, preset=preset, offline=offline)
+    return Embedder(checkpoint.load(source, device=device, dtype=dtype))
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    vectors = np.atleast_2d(np.asarray(vectors, dtype=np.float32))
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)

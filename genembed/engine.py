@@ -1,0 +1,307 @@
+"""The fast loop: prompts enter, halted rows leave at once, waiting texts take their places."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from genembed.backbone import Backbone
+from genembed.errors import ConfigurationError, NonFiniteError, OutOfMemoryError
+from genembed.halting import HaltingRule, Progress
+from genembed.packed import PackedRows, SharedPrefix
+from genembed.refine import step
+from genembed.rows import CachedRows
+from genembed.tokens import TokenBatch, TokenIds, common_prefix
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How much is worked on at once. Memory follows from this, whatever the number of texts."""
+
+    batch_tokens: int = 32_768
+    """Positions (prompt and generated, over all rows) whose keys and values one decode batch may hold."""
+    max_rows: int = 256
+    """Rows in one decode batch."""
+    prefill_tokens: int = 2_048
+    """Prompt tokens read in one pass; a longer prompt is read alone."""
+    length_ratio: float = 1.5
+    """Texts share a decode batch if the longest is at most this much longer than the shortest."""
+    min_prefix: int = 4
+    """Shared leading tokens below this number are not worth a cache of their own."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name in ("batch_tokens", "max_rows", "prefill_tokens", "min_prefix"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name}={getattr(self, name)}: must be at least 1.")
+        if self.length_ratio < 1:
+            raise ConfigurationError(f"length_ratio={self.length_ratio}: must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Refined:
+    """Texts that have just been finished."""
+
+    index: Int[np.ndarray, "rows"]
+    """Their positions in the caller's list."""
+    vectors: Float[np.ndarray, "rows hidden"]
+    """Unit vectors z_{k*}, float32."""
+    steps: Int[np.ndarray, "rows"]
+    """Refinement steps done, k*."""
+    stability: Float[np.ndarray, "rows steps_minus_1"]
+    """s_2 .. s_K; NaN after the halt."""
+    trajectory: Float[np.ndarray, "rows steps hidden"] | None
+    """z_1 .. z_K; NaN after the halt; None unless asked for."""
+
+
+class Engine:
+    """Refines many texts with as few passes as their halting allows.
+
+    Texts are sorted by length and cut into groups of similar length. Within a group, prompts are read in micro-batches of
+    a token budget and refined in one decode batch; a row that halts leaves after that step, and waiting texts enter as
+    soon as enough places are free. Results do not depend on the order or the batch (in float64 exactly; in float32 to
+    rounding).
+
+    Args:
+        backbone: The model.
+        budget: Limits of the decode batch and of the prompt passes.
+    """
+
+    def __init__(self, backbone: Backbone, budget: Budget = Budget()) -> None:  # noqa: B008  (a frozen value)
+        self.backbone = backbone
+        self.budget = budget
+        backbone.pack_weights()
+
+    def run(
+        self, prompts: Sequence[TokenIds], halt: HaltingRule, *, keep_trajectory: bool = False, first_row: int = 0
+    ) -> Iterator[Refined]:
+        """Refine every prompt, yielding texts as they finish, in any order.
+
+        Args:
+            prompts: Token ids, each of at least one token.
+            halt: When a text is finished.
+            keep_trajectory: Also return z_1 .. z_K, which takes `hidden * max_steps` floats a text.
+            first_row: Number of the first prompt in the caller's list; results and errors count from it.
+
+        Raises:
+            NonFiniteError: If a vector is not finite or zero; the message has its row.
+            OutOfMemoryError: If a single row does not fit.
+        """
+        self._check_positions(prompts, halt)
+        shared = self._shared_prefix_length(prompts)
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
+        for group in _similar_lengths(order, prompts, shared, halt.max_steps, self.budget.length_ratio):
+            for refined in self._run_group(_Job(prompts, halt, shared, keep_trajectory, first_row), group):
+                yield refined
+
+    def _run_group(self, job: _Job, group: list[int]) -> Iterator[Refined]:
+        """Refine one group; when memory runs out, try what is left with half the rows."""
+        capacity = len(job.prompts[group[0]]) - job.shared + job.halt.max_steps
+        max_rows = max(1, min(len(group), self.budget.max_rows, self.budget.batch_tokens // capacity))
+        left = dict.fromkeys(group)
+        while left:
+            try:
+                for refined in _DecodeBatch(self, job, max_rows, capacity).run(list(left)):
+                    for row in refined.index:
+                        del left[int(row) - job.first_row]
+                    yield refined
+            except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if max_rows == 1:
+                    row = next(iter(left))
+                    raise OutOfMemoryError(
+                        f"row {row + job.first_row}: one text of {len(job.prompts[row])} tokens does not fit into memory even alone; "
+                        "use a smaller max_length, a smaller model or half precision."
+                    ) from error
+                max_rows //= 2
+            # Outside the handler: the exception's frames hold the batch that did not fit.
+            if left:
+                gc.collect()
+
+    def _shared_prefix_length(self, prompts: Sequence[TokenIds]) -> int:
+        if not (self.backbone.causal and self.backbone.packable) or len(prompts) < 2:
+            return 0
+        length = common_prefix(prompts)
+        return length if length >= self.budget.min_prefix else 0
+
+    def _check_positions(self, prompts: Sequence[TokenIds], halt: HaltingRule) -> None:
+        limit = self.backbone.max_positions
+        longest = max((len(ids) for ids in prompts), default=0)
+        if limit is not None and longest + halt.max_steps > limit:
+            raise ConfigurationError(
+                f"{longest} prompt tokens and {halt.max_steps} steps need {longest + halt.max_steps} positions, but this model has {limit}; "
+                "use a smaller max_length or fewer steps."
+            )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call of `Engine.run`."""
+
+    prompts: Sequence[TokenIds]
+    halt: HaltingRule
+    shared: int
+    keep_trajectory: bool
+    first_row: int
+
+
+class _DecodeBatch:
+    """One decode batch over its life: admit, step, collect."""
+
+    def __init__(self, engine: Engine, job: _Job, max_rows: int, capacity: int) -> None:
+        self.backbone, self.budget = engine.backbone, engine.budget
+        self.prompts, self.halt, self.shared, self.first_row = job.prompts, job.halt, job.shared, job.first_row
+        self.max_rows, self.capacity = max_rows, capacity if job.halt.max_steps else 0
+        self.rows: PackedRows | CachedRows | None = None
+        self.progress: Progress | None = None
+        self.log = _StepLog(job.halt.max_steps, self.backbone.hidden_size, job.keep_trajectory)
+
+    @torch.inference_mode()
+    def run(self, waiting: list[int]) -> Iterator[Refined]:
+        """Refine all waiting texts (longest first)."""
+        waiting.reverse()
+        while waiting or self.progress is not None:
+            if self._may_admit(len(waiting)):
+                self._admit(waiting)
+                yield from self._collect()
+                continue
+            assert self.progress is not None
+            assert self.rows is not None
+            self.progress, cosine = step(self.backbone, self.rows, self.progress)
+            self.log.record(self.progress, cosine)
+            yield from self._collect()
+
+    def _may_admit(self, waiting: int) -> bool:
+        if not waiting:
+            return False
+        if self.progress is None:
+            return True
+        # Rows without packing cannot take newcomers. Otherwise admit when a quarter of the places is free, or all that wait fit in:
+        # prompts read a few at a time cost more than the places they would fill.
+        free = self.max_rows - len(self.progress)
+        return self.backbone.packable and free >= min(waiting, max(1, self.max_rows // 4))
+
+    def _admit(self, waiting: list[int]) -> None:
+        present = 0 if self.progress is None else len(self.progress)
+        taken, tokens = [], 0
+        while waiting and present + len(taken) < self.max_rows:
+            length = len(self.prompts[waiting[-1]]) - self.shared
+            if taken and tokens + length > self.budget.prefill_tokens:
+                break
+            taken.append(waiting.pop())
+            tokens += length
+        mean, last = self._read([self.prompts[row] for row in taken])
+        index = torch.tensor(taken, device=last.device)
+        new = self.backbone.settings.pooling.start(index, last, mean, window=self.halt.window)
+        self.progress = new if self.progress is None else self.progress.extend(new)
+
+    def _read(self, prompts: list[TokenIds]) -> tuple[Tensor, Tensor]:
+        if not self.backbone.packable:
+            side = self.backbone.settings.padding_side
+            self.rows = CachedRows(self.backbone, TokenBatch.pad(prompts, side=side, device=self.backbone.device))
+            return self.rows.mean_hidden, self.rows.last_hidden
+        if self.rows is None:
+            self.rows = PackedRows(self.backbone, max_rows=self.max_rows, max_tokens=self.capacity, prefix=self._prefix(prompts[0]))
+        assert isinstance(self.rows, PackedRows)
+        self.rows.admit(prompts)
+        return self.rows.mean_hidden, self.rows.last_hidden[-len(prompts) :]
+
+    def _prefix(self, prompt: TokenIds) -> SharedPrefix | None:
+        if not self.shared:
+            return None
+        return PackedRows(self.backbone, max_rows=1, max_tokens=self.shared).share(prompt[: self.shared])
+
+    def _collect(self) -> Iterator[Refined]:
+        """Yield the rows the rule calls finished, and close the gaps they leave."""
+        assert self.progress is not None
+        assert self.rows is not None
+        finished = self.halt(self.progress)
+        if not bool(finished.any()):
+            return
+        yield self._finish(self.progress.select(finished.nonzero()[:, 0]))
+        keep = surviving_order(finished)
+        if not len(keep):
+            self.progress = None
+            if isinstance(self.rows, PackedRows):
+                self.rows.select(keep)
+            return
+        self.rows.select(keep)
+        self.progress = self.progress.select(keep)
+
+    def _finish(self, done: Progress) -> Refined:
+        vectors = done.embedding.float().cpu().numpy()
+        bad = ~(np.isfinite(vectors).all(-1) & (np.abs(vectors).max(-1) > 0))
+        index = done.index.cpu().numpy()
+        if bad.any():
+            raise NonFiniteError(
+                f"row {index[bad][0] + self.first_row}: the embedding is not finite or is zero after {int(done.step[int(bad.argmax())])} steps; check the model's "
+                "weights, or load it with dtype='float32'."
+            )
+        stability, trajectory = self.log.pop(index)
+        return Refined(index + self.first_row, vectors, done.step.cpu().numpy(), stability, trajectory)
+
+
+class _StepLog:
+    """What happened to each text at each step, until it is finished."""
+
+    def __init__(self, max_steps: int, hidden: int, keep_trajectory: bool) -> None:
+        self.max_steps, self.hidden, self.keep_trajectory = max_steps, hidden, keep_trajectory
+        self._stability: dict[int, list[float]] = {}
+        self._trajectory: dict[int, list[np.ndarray]] = {}
+
+    def record(self, progress: Progress, cosine: Float[Tensor, "rows"]) -> None:
+        """Note s_k (from the second step on) and, if wanted, z_k of every row."""
+        vectors = progress.embedding.float().cpu().numpy() if self.keep_trajectory else None
+        for place, (row, number, value) in enumerate(zip(progress.index.tolist(), progress.step.tolist(), cosine.tolist(), strict=True)):
+            if number > 1:
+                self._stability.setdefault(row, []).append(value)
+            if vectors is not None:
+                self._trajectory.setdefault(row, []).append(vectors[place])
+
+    def pop(self, index: Int[np.ndarray, "rows"]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the stability and trajectory of finished texts, NaN after the halt."""
+        stability = np.full((len(index), max(self.max_steps - 1, 0)), np.nan, dtype=np.float32)
+        trajectory = np.full((len(index), self.max_steps, self.hidden), np.nan, dtype=np.float32) if self.keep_trajectory else None
+        for place, row in enumerate(index.tolist()):
+            values = self._stability.pop(row, [])
+            stability[place, : len(values)] = values
+            if trajectory is not None:
+                vectors = self._trajectory.pop(row, [])
+                trajectory[place, : len(vectors)] = np.reshape(vectors, (-1, self.hidden))
+        return stability, trajectory
+
+
+def surviving_order(finished: Bool[Tensor, "rows"]) -> Int[Tensor, "kept"]:
+    """Order the surviving rows so that as few as possible change place: gaps are filled from the end.
+
+    Survivors whose place is below the new number of rows stay; the others move into the gaps.
+    """
+    survivors = (~finished).nonzero()[:, 0]
+    count = len(survivors)
+    order = torch.arange(count, device=finished.device)
+    order[finished[:count].nonzero()[:, 0]] = survivors[survivors >= count]
+    return order
+
+
+def _similar_lengths(order: list[int], prompts: Sequence[TokenIds], shared: int, steps: int, ratio: float) -> Iterator[list[int]]:
+    """Cut texts sorted by falling length into groups whose rows need similar room."""
+    start = 0
+    for place in range(1, len(order) + 1):
+        room = len(prompts[order[start]]) - shared + steps
+        if place == len(order) or room > ratio * (len(prompts[order[place]]) - shared + steps):
+            yield order[start:place]
+            start = place
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text

@@ -1,0 +1,38 @@
+"""Errors a user can cause and mend. Each message has the value, the reason and the way out."""
+
+from __future__ import annotations
+
+
+class GenembedError(Exception):
+    """Base of every error that genembed raises on purpose."""
+
+
+class ConfigurationError(GenembedError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class CheckpointError(GenembedError, ValueError):
+    """A model folder that is incomplete, unsafe, or does not fit its base model."""
+
+
+class InputError(GenembedError, ValueError):
+    """A text that cannot be embedded; the message names its row."""
+
+
+class NonFiniteError(GenembedError, ArithmeticError):
+    """A vector that came out non-finite or zero; the message names its row."""
+
+
+class OutOfMemoryError(GenembedError, MemoryError):
+    """One single row does not fit into memory, so splitting the batch cannot help."""
+
+
+class MissingExtraError(GenembedError, ImportError):
+    """An optional dependency is not installed; the message has the command that installs it."""
+
+
+def missing_extra(extra: str, package: str) -> MissingExtraError:
+    """Name the extra that provides `package` and the command that installs it."""
+    return MissingExtraError(
+        f"{package} is not installed: this needs the extra {extra!r}. Install it with: pip install 'genembed[{extra}]'"
+    )

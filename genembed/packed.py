@@ -1,0 +1,254 @@
+"""Sequences being refined together, as the engine keeps them: no padding, one pool of keys and values.
+
+Prompts are read as one row [1, tokens] with explicit positions; one refinement step is one row [1, rows]. Linear layers
+never see padding, attention works inside each text, and a row that leaves costs one copy of its successor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from genembed.attention import attend
+from genembed.tokens import TokenIds
+
+if TYPE_CHECKING:
+    from genembed.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """Leading tokens that every prompt of a run shares, read once: their keys and values by layer."""
+
+    length: int
+    keys: list[Float[Tensor, "kv_heads prefix head_dim"]]
+    values: list[Float[Tensor, "kv_heads prefix head_dim"]]
+    state_sum: Float[Tensor, "hidden"]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Neighbouring prompts of one length, attended to in one call."""
+
+    row: int
+    token: int
+    count: int
+    length: int
+
+
+class PackedRows:
+    """Rows of one decode batch over a pool of `max_rows` slots.
+
+    Slot i belongs to row i; each holds the keys and values of its own tokens, after the shared prefix if there is one.
+    Inference only: the pool is written in place.
+
+    Args:
+        backbone: The model.
+        max_rows: Slots.
+        max_tokens: Own tokens a slot can hold, prompt and generated; 0 when nothing will be generated.
+        prefix: Keys and values that every row sees first.
+    """
+
+    def __init__(self, backbone: Backbone, *, max_rows: int, max_tokens: int, prefix: SharedPrefix | None = None) -> None:
+        self.backbone = backbone
+        self.max_rows = max_rows
+        self.max_tokens = max_tokens
+        self.prefix = prefix
+        self.prefix_length = prefix.length if prefix else 0
+        self.lengths: Int[Tensor, "rows"] = torch.zeros(0, dtype=torch.long, device=backbone.device)
+        self.last_hidden = self.mean_hidden = torch.zeros(0, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device)
+        self._keys: dict[int, Float[Tensor, "slots kv_heads tokens head_dim"]] = {}
+        self._values: dict[int, Float[Tensor, "slots kv_heads tokens head_dim"]] = {}
+        self._groups: list[_Group] | None = None
+        self._used = 0
+        self._mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Rows in the batch now."""
+        return self.lengths.shape[0]
+
+    @property
+    def room(self) -> int:
+        """Rows that can be admitted now."""
+        return self.max_rows - len(self)
+
+    def admit(self, prompts: Sequence[TokenIds]) -> None:
+        """Read prompts (longest first, so that equal lengths are neighbours) and add them behind the present rows.
+
+        Afterwards `last_hidden` covers all rows, and `mean_hidden` the mean prompt state of the new ones.
+        """
+        own = [ids[self.prefix_length :] for ids in prompts]
+        lengths = [len(ids) for ids in own]
+        self._groups = _groups(lengths, first_row=len(self))
+        tokens = torch.from_numpy(np.concatenate(own)).to(self.backbone.device)
+        positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(self.backbone.device) + self.prefix_length
+        states = self.backbone.forward_packed(self.backbone.embed(tokens), positions, rows=self, generated=False)
+        self.lengths = torch.cat([self.lengths, torch.tensor(lengths, device=self.backbone.device)])
+        self._used = int(self.lengths.max())
+        ends = torch.tensor(lengths, device=states.device).cumsum(0) - 1
+        self.last_hidden = torch.cat([self.last_hidden, states[ends]])
+        self.mean_hidden = self._mean_states(states)
+        self._groups = None
+
+    def append(self, embeddings: Float[Tensor, "rows hidden"]) -> None:
+        """Add one position to every row and read it."""
+        self._used += 1
+        place = torch.arange(self._used, device=self.lengths.device)
+        # A mask only where rows differ in length; lengths are compared on the host once a step, not once a layer.
+        visible = place <= self.lengths[:, None]
+        self._mask = None if bool(visible[:, -1].all()) else visible[:, None, None, :]
+        self.last_hidden = self.backbone.forward_packed(embeddings, self.lengths + self.prefix_length, rows=self, generated=True)
+        self.lengths = self.lengths + 1
+
+    def select(self, keep: Int[Tensor, "kept"]) -> None:
+        """Keep only the rows `keep`, in that order. A row that keeps its place costs nothing."""
+        place = torch.arange(len(keep), device=keep.device)
+        moved = (keep != place).nonzero()[:, 0]
+        self.lengths, self.last_hidden = self.lengths[keep], self.last_hidden[keep]
+        if len(moved):
+            source = keep[moved]
+            for pool in (*self._keys.values(), *self._values.values()):
+                pool[moved, :, : self._used] = pool[source, :, : self._used]
+        self._used = int(self.lengths.max()) if len(keep) else 0
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "heads tokens head_dim"],
+        key: Float[Tensor, "kv_heads tokens head_dim"],
+        value: Float[Tensor, "kv_heads tokens head_dim"],
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Float[Tensor, "tokens heads head_dim"]:
+        """Attend within each text; called by every layer of the backbone."""
+        if self._groups is not None:
+            return self._attend_prompts(layer, query, key, value, scale, sliding_window, softcap)
+        return self._attend_step(layer, query, key, value, scale, sliding_window, softcap)
+
+    def share(self, prefix: TokenIds) -> SharedPrefix:
+        """Read the tokens that all prompts begin with, once, for a batch that will share them."""
+        self.admit([prefix])
+        keys = [self._keys[layer][0, :, : len(prefix)].clone() for layer in sorted(self._keys)]
+        values = [self._values[layer][0, :, : len(prefix)].clone() for layer in sorted(self._values)]
+        return SharedPrefix(len(prefix), keys, values, self.mean_hidden[0] * len(prefix))
+
+    def _attend_prompts(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        heads, tokens, dim = query.shape
+        result = query.new_empty(tokens, heads, value.shape[-1])
+        assert self._groups is not None
+        for group in self._groups:
+            span = slice(group.token, group.token + group.count * group.length)
+            q, k, v = (part[:, span].unflatten(1, (group.count, group.length)).transpose(0, 1) for part in (query, key, value))
+            self._store(layer, group, k, v)
+            out = self._attend_group(layer, q, k, v, scale, window, softcap)
+            result[span] = out.transpose(1, 2).flatten(0, 1)
+        return result
+
+    def _attend_group(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
+        length, causal = q.shape[2], self.backbone.causal
+        if self.prefix is not None:
+            k = torch.cat([self.prefix.keys[layer].expand(len(k), -1, -1, -1), k], dim=2)
+            v = torch.cat([self.prefix.values[layer].expand(len(v), -1, -1, -1), v], dim=2)
+        sliding = window is not None and k.shape[2] > window
+        if causal and self.prefix is None and not sliding and softcap is None:
+            groups = q.shape[1] // k.shape[1]
+            k, v = (k, v) if groups == 1 else (k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        mask = None
+        if causal:
+            place = torch.arange(k.shape[2], device=q.device)
+            mask = place <= place[-length:, None]
+            if sliding:
+                mask &= place > place[-length:, None] - window
+        return attend(q, k, v, mask, scale, softcap)
+
+    def _store(self, layer: int, group: _Group, key: Tensor, value: Tensor) -> None:
+        if not self.max_tokens:
+            return
+        if layer not in self._keys:
+            self._keys[layer] = key.new_empty(self.max_rows, key.shape[1], self.max_tokens, key.shape[3])
+            self._values[layer] = value.new_empty(self.max_rows, value.shape[1], self.max_tokens, value.shape[3])
+        slots = slice(group.row, group.row + group.count)
+        self._keys[layer][slots, :, : group.length] = key
+        self._values[layer][slots, :, : group.length] = value
+
+    def _attend_step(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        rows, kv_heads = len(self), key.shape[0]
+        slots = torch.arange(rows, device=query.device)
+        self._keys[layer][slots, :, self.lengths] = key.transpose(0, 1)
+        self._values[layer][slots, :, self.lengths] = value.transpose(0, 1)
+        keys, values = self._keys[layer][:rows, :, : self._used], self._values[layer][:rows, :, : self._used]
+        # Query heads that share a key head become the length dimension, so that no key is copied for its group.
+        q = query.transpose(0, 1).unflatten(1, (kv_heads, -1))
+        if self.prefix is not None or softcap is not None:
+            out = self._attend_cascade(layer, q, keys, values, scale, window, softcap)
+        else:
+            out = torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=self._step_mask(window), scale=scale)
+        return out.flatten(1, 2)
+
+    def _step_mask(self, window: int | None) -> Tensor | None:
+        if window is None or self.prefix_length + self._used <= window:
+            return self._mask
+        near = torch.arange(self._used, device=self.lengths.device) > (self.lengths - window)[:, None]
+        return near[:, None, None, :] if self._mask is None else self._mask & near[:, None, None, :]
+
+    def _attend_cascade(
+        self, layer: int, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        """Attend to the shared prefix as one product for all rows, to each row's own tokens row by row; one softmax over both."""
+        own = q @ keys.transpose(-1, -2) * scale
+        prefix, shared = self.prefix, q.new_empty(*q.shape[:3], 0)
+        if prefix is not None:
+            by_head = q.transpose(0, 1).flatten(1, 2)
+            shared = (by_head @ prefix.keys[layer].transpose(-1, -2) * scale).unflatten(1, (len(q), -1)).transpose(0, 1)
+        scores = torch.cat([shared, own], dim=-1)
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = self._hide(scores, window)
+        weights = torch.softmax(scores, dim=-1)
+        out = weights[..., self.prefix_length :] @ values
+        if prefix is not None:
+            on_prefix = weights[..., : self.prefix_length].transpose(0, 1).flatten(1, 2)
+            out = out + (on_prefix @ prefix.values[layer]).unflatten(1, (len(q), -1)).transpose(0, 1)
+        return out
+
+    def _hide(self, scores: Tensor, window: int | None) -> Tensor:
+        if self._mask is not None:
+            scores[..., self.prefix_length :].masked_fill_(~self._mask, torch.finfo(scores.dtype).min)
+        if window is not None and scores.shape[-1] > window:
+            place = torch.arange(scores.shape[-1], device=scores.device)
+            far = place <= (self.lengths + self.prefix_length - window)[:, None]
+            scores.masked_fill_(far[:, None, None, :], torch.finfo(scores.dtype).min)
+        return scores
+
+    def _mean_states(self, states: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "rows hidden"]:
+        assert self._groups is not None
+        sums = []
+        for group in self._groups:
+            span = states[group.token : group.token + group.count * group.length]
+            total = span.unflatten(0, (group.count, group.length)).sum(1)
+            if self.prefix is not None:
+                total = total + self.prefix.state_sum
+            sums.append(total / (group.length + self.prefix_length))
+        return torch.cat(sums)
+
+
+def _groups(lengths: Sequence[int], *, first_row: int) -> list[_Group]:
+    groups, row, token = [], first_row, 0
+    for length, same in groupby(lengths):
+        count = len(list(same))
+        groups.append(_Group(row, token, count, length))
+        row, token = row + count, token + count * length
+    return groups
