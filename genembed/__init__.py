@@ -1,19 +1,25 @@
 """Generative text embeddings: a language model refines a text's vector step by step, and stops when it is stable."""
 
-from genembed.embedder import Embedder, Refinement, load
-from genembed.engine import Budget
-from genembed.errors import (
-    CheckpointError,
-    ConfigurationError,
-    GenembedError,
-    InputError,
-    MissingExtraError,
-    NonFiniteError,
-    OutOfMemoryError,
-)
-from genembed.halting import ConvergeStop, FixedSteps, HaltingRule, Progress
-from genembed.pooling import Pooling
-from genembed.settings import ModelSettings
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from genembed.embedder import Embedder, Refinement, load
+    from genembed.engine import Budget
+    from genembed.errors import (
+        CheckpointError,
+        ConfigurationError,
+        GenembedError,
+        InputError,
+        MissingExtraError,
+        NonFiniteError,
+        OutOfMemoryError,
+    )
+    from genembed.halting import ConvergeStop, FixedSteps, HaltingRule, Progress
+    from genembed.pooling import Pooling
+    from genembed.settings import ModelSettings
 
 __version__ = "0.1.0"
 
@@ -36,3 +42,21 @@ __all__ = [
     "Refinement",
     "load",
 ]
+
+_HOMES = ("errors", "embedder", "engine", "halting", "pooling", "settings")
+"""Modules of the public names, the light one first."""
+
+if not TYPE_CHECKING:  # a type checker would take it as leave to use any name
+
+    def __getattr__(name: str) -> object:
+        """Import a public name when it is first used, so that `genembed --help` does not wait for Torch."""
+        if name in __all__:
+            for home in _HOMES:
+                module = import_module(f"genembed.{home}")
+                if name in vars(module):
+                    return globals().setdefault(name, vars(module)[name])
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,7 +6,7 @@ arguments of the model's forward through to it. So packed attention works for an
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
@@ -43,11 +43,12 @@ def attention(
             if kwargs.get(name) is not None:
                 raise ConfigurationError(f"{type(module).__name__} uses {name} in its attention, which packed rows cannot do.")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return packed.attend(module.layer_idx, query[0], key[0], value[0], scale, kwargs.get("sliding_window"), softcap)[None], None  # type: ignore[arg-type]
+        layer = cast("int", module.layer_idx)
+        return packed.attend(layer, query[0], key[0], value[0], scale, kwargs.get("sliding_window"), softcap)[None], None
     if softcap is not None:
         mask = attention_mask if attention_mask is not None else _causal(query, key)
         return attend(query, key, value, mask, scaling, softcap).transpose(1, 2).contiguous(), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def attend(

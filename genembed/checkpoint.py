@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -90,9 +91,9 @@ def load(source: Source, *, device: str, dtype: str | torch.dtype) -> Loaded:
         else:
             model = _merge_adapter(model, source.adapter)
     head = _load_head(source, model)
-    for part in (model, stepper, head):
-        if part is not None:
-            part.to(target).eval().requires_grad_(False)
+    parts: list[nn.Module] = [part for part in (model, stepper, head) if part is not None]
+    for part in parts:
+        part.to(target).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=False, local_files_only=True)
     backbone = Backbone(model, source.settings, head=head, stepper=stepper)
     verify(backbone)
@@ -179,7 +180,7 @@ def _base_of(adapter: Path, *, offline: bool) -> Path:
             base = _folder(named, offline=offline)
         except CheckpointError as error:
             raise CheckpointError(
-                f"{adapter}: its base model {named!r} cannot be found; name the base yourself: load(base, adapter={str(adapter)!r}). ({error})"
+                f"{adapter}: its base model {named!r} cannot be found; name the base: load(base, adapter={str(adapter)!r}). ({error})"
             ) from error
     expected = own.get("sha256")
     if expected is not None and (found := sha256(base / "model.safetensors")) != expected:
@@ -226,7 +227,7 @@ def _load_model(source: Source, dtype: torch.dtype | str) -> PreTrainedModel:
         config.is_decoder = True
     try:
         with _quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -237,8 +238,9 @@ def _load_model(source: Source, dtype: torch.dtype | str) -> PreTrainedModel:
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: the weights do not load: {error}") from error
-    _check_report(report, model, source)
-    return model  # type: ignore[no-any-return]
+    model: PreTrainedModel = loaded[0]
+    _check_report(loaded[1], model, source)
+    return model
 
 
 def _check_encoder(source: Source) -> None:
@@ -264,8 +266,8 @@ def _check_report(report: dict[str, Any], model: PreTrainedModel, source: Source
 
 def _twin(model: PreTrainedModel) -> PreTrainedModel:
     """Copy a model, sharing its embedding table."""
-    shared = model.get_input_embeddings()
-    return copy.deepcopy(model, {id(shared): shared})
+    table = model.get_input_embeddings().weight
+    return copy.deepcopy(model, {id(table): table})
 
 
 def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
@@ -296,13 +298,13 @@ def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
             f"{adapter}: does not fit the base model {model.config.name_or_path!r}: {len(odd)} weights have no counterpart, first {odd[0]}."
         )
     with _quiet():
-        return peft_model.merge_and_unload()  # type: ignore[no-any-return, operator]
+        return peft_model.merge_and_unload()  # type: ignore[no-any-return]
 
 
 def _load_head(source: Source, model: PreTrainedModel) -> SoftTokenHead | None:
     if source.head is None:
         return None
-    table = model.get_input_embeddings().weight
+    table: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     head = SoftTokenHead(table.shape[1], table.shape[0])
     try:
         head.load_state_dict(load_file(source.head))

@@ -47,13 +47,14 @@ def pack_linear_layers(model: nn.Module) -> int:
     The copies cost as much memory as the weights.
 
     Returns:
-        The number of layers packed.
+        The number of layers packed; 0 where they are packed already.
     """
     layers = [layer for layer in model.modules() if type(layer) is nn.Linear and packable(layer.weight)]
+    layers = [layer for layer in layers if "forward" not in vars(layer)]
     if not layers or not _agrees(layers[0]):
         return 0
     for layer in layers:
-        layer.forward = _forward(layer, packed_product(layer.weight, layer.bias))  # type: ignore[method-assign]
+        layer.forward = _forward(layer, packed_product(layer.weight, layer.bias))  # type: ignore[method-assign, assignment]
     return len(layers)
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from genembed import checkpoint
 from genembed.checkpoint import Loaded
-from genembed.engine import Budget, Engine
+from genembed.engine import DEFAULT_BUDGET, Budget, Engine
 from genembed.errors import ConfigurationError, InputError
 from genembed.halting import FixedSteps, HaltingRule
 from genembed.settings import ModelSettings
@@ -51,7 +51,7 @@ class Embedder:
     Made by `genembed.load`. Instances are not safe for use from several threads at once.
     """
 
-    def __init__(self, loaded: Loaded, *, budget: Budget = Budget()) -> None:  # noqa: B008  (a frozen value)
+    def __init__(self, loaded: Loaded, *, budget: Budget = DEFAULT_BUDGET) -> None:
         self.source = loaded.source
         self.settings = loaded.backbone.settings
         self.backbone = loaded.backbone
@@ -81,7 +81,7 @@ class Embedder:
             float32 unit vectors, one for each text, in order.
         """
         if isinstance(texts, str):
-            return self.refine([texts], **options).vectors[0]
+            return np.asarray(self.refine([texts], **options).vectors[0])
         return self.refine(texts, **options).vectors
 
     @overload
@@ -154,7 +154,7 @@ class Embedder:
 
     def similarity(self, queries: Float[np.ndarray, "queries hidden"], documents: Float[np.ndarray, "documents hidden"]) -> np.ndarray:
         """Return the cosine of every query with every document, float32 `[queries, documents]`."""
-        return _unit(queries) @ _unit(documents).T
+        return np.asarray(_unit(queries) @ _unit(documents).T)
 
     def first_prompt(self, text: str, *, instruction: str | None = None) -> str:
         """Return the exact string the model reads for a text, special tokens included."""
@@ -175,7 +175,7 @@ class Embedder:
         if truncate == "error" and tokenised.truncated.any():
             row = int(tokenised.truncated.argmax())
             raise InputError(
-                f"row {start + row}: the text does not fit into {self.settings.max_length} tokens; shorten or split it, or allow truncate='right'."
+                f"row {start + row}: the text does not fit into {self.settings.max_length} tokens; shorten it, or allow truncate='right'."
             )
         return tokenised
 
@@ -194,8 +194,8 @@ class Embedder:
         count = int(result.truncated.sum())
         if count:
             warnings.warn(
-                f"{count} of {len(result.truncated)} texts were longer than {self.settings.max_length} tokens (the longest has {longest}) and lost their "
-                "end; see Refinement.truncated, or use truncate='error'.",
+                f"{count} of {len(result.truncated)} texts were longer than {self.settings.max_length} tokens (the longest has {longest}) "
+                "and lost their end; see Refinement.truncated, or use truncate='error'.",
                 stacklevel=3,
             )
 
@@ -231,4 +231,4 @@ def load(
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
     vectors = np.atleast_2d(np.asarray(vectors, dtype=np.float32))
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12))

@@ -15,6 +15,7 @@ from genembed.backbone import Backbone
 from genembed.errors import ConfigurationError, NonFiniteError, OutOfMemoryError
 from genembed.halting import HaltingRule, Progress
 from genembed.packed import PackedRows, SharedPrefix
+from genembed.pooling import accumulation_dtype
 from genembed.refine import step
 from genembed.rows import CachedRows
 from genembed.tokens import TokenBatch, TokenIds, common_prefix
@@ -42,6 +43,10 @@ class Budget:
                 raise ConfigurationError(f"{name}={getattr(self, name)}: must be at least 1.")
         if self.length_ratio < 1:
             raise ConfigurationError(f"length_ratio={self.length_ratio}: must be at least 1.")
+
+
+DEFAULT_BUDGET = Budget()
+"""Limits that suit a CPU with small models; about 100 MB of keys and values for `mini`."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Engine:
         budget: Limits of the decode batch and of the prompt passes.
     """
 
-    def __init__(self, backbone: Backbone, budget: Budget = Budget()) -> None:  # noqa: B008  (a frozen value)
+    def __init__(self, backbone: Backbone, budget: Budget = DEFAULT_BUDGET) -> None:
         self.backbone = backbone
         self.budget = budget
         backbone.pack_weights()
@@ -97,8 +102,7 @@ class Engine:
         shared = self._shared_prefix_length(prompts)
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
         for group in _similar_lengths(order, prompts, shared, halt.max_steps, self.budget.length_ratio):
-            for refined in self._run_group(_Job(prompts, halt, shared, keep_trajectory, first_row), group):
-                yield refined
+            yield from self._run_group(_Job(prompts, halt, shared, keep_trajectory, first_row), group)
 
     def _run_group(self, job: _Job, group: list[int]) -> Iterator[Refined]:
         """Refine one group; when memory runs out, try what is left with half the rows."""
@@ -136,8 +140,8 @@ class Engine:
         longest = max((len(ids) for ids in prompts), default=0)
         if limit is not None and longest + halt.max_steps > limit:
             raise ConfigurationError(
-                f"{longest} prompt tokens and {halt.max_steps} steps need {longest + halt.max_steps} positions, but this model has {limit}; "
-                "use a smaller max_length or fewer steps."
+                f"{longest} prompt tokens and {halt.max_steps} steps need {longest + halt.max_steps} positions, but this model has "
+                f"{limit}; use a smaller max_length or fewer steps."
             )
 
 
@@ -161,7 +165,7 @@ class _DecodeBatch:
         self.max_rows, self.capacity = max_rows, capacity if job.halt.max_steps else 0
         self.rows: PackedRows | CachedRows | None = None
         self.progress: Progress | None = None
-        self.log = _StepLog(job.halt.max_steps, self.backbone.hidden_size, job.keep_trajectory)
+        self.log = _StepLog(self.backbone, max_rows, job.halt.max_steps, job.keep_trajectory)
 
     @torch.inference_mode()
     def run(self, waiting: list[int]) -> Iterator[Refined]:
@@ -190,7 +194,8 @@ class _DecodeBatch:
 
     def _admit(self, waiting: list[int]) -> None:
         present = 0 if self.progress is None else len(self.progress)
-        taken, tokens = [], 0
+        taken: list[int] = []
+        tokens = 0
         while waiting and present + len(taken) < self.max_rows:
             length = len(self.prompts[waiting[-1]]) - self.shared
             if taken and tokens + length > self.budget.prefill_tokens:
@@ -200,6 +205,7 @@ class _DecodeBatch:
         mean, last = self._read([self.prompts[row] for row in taken])
         index = torch.tensor(taken, device=last.device)
         new = self.backbone.settings.pooling.start(index, last, mean, window=self.halt.window)
+        self.log.admit(present, len(taken))
         self.progress = new if self.progress is None else self.progress.extend(new)
 
     def _read(self, prompts: list[TokenIds]) -> tuple[Tensor, Tensor]:
@@ -225,57 +231,65 @@ class _DecodeBatch:
         finished = self.halt(self.progress)
         if not bool(finished.any()):
             return
-        yield self._finish(self.progress.select(finished.nonzero()[:, 0]))
+        yield self._finish(finished.nonzero()[:, 0])
         keep = surviving_order(finished)
-        if not len(keep):
-            self.progress = None
-            if isinstance(self.rows, PackedRows):
-                self.rows.select(keep)
-            return
-        self.rows.select(keep)
-        self.progress = self.progress.select(keep)
+        self.log.select(keep)
+        if len(keep) or isinstance(self.rows, PackedRows):
+            self.rows.select(keep)
+        self.progress = self.progress.select(keep) if len(keep) else None
 
-    def _finish(self, done: Progress) -> Refined:
-        vectors = done.embedding.float().cpu().numpy()
-        bad = ~(np.isfinite(vectors).all(-1) & (np.abs(vectors).max(-1) > 0))
-        index = done.index.cpu().numpy()
-        if bad.any():
+    def _finish(self, rows: Int[Tensor, "rows"]) -> Refined:
+        assert self.progress is not None
+        done = self.progress.select(rows)
+        vectors, steps = done.embedding.float().cpu().numpy(), done.step.cpu().numpy()
+        index = done.index.cpu().numpy() + self.first_row
+        sound = np.isfinite(vectors).all(-1) & (np.abs(vectors).max(-1) > 0)
+        if not sound.all():
+            bad = int((~sound).argmax())
             raise NonFiniteError(
-                f"row {index[bad][0] + self.first_row}: the embedding is not finite or is zero after {int(done.step[int(bad.argmax())])} steps; check the model's "
-                "weights, or load it with dtype='float32'."
+                f"row {index[bad]}: the embedding is not finite or is zero after {steps[bad]} steps; check the model's weights, "
+                "or load it with dtype='float32'."
             )
-        stability, trajectory = self.log.pop(index)
-        return Refined(index + self.first_row, vectors, done.step.cpu().numpy(), stability, trajectory)
+        stability, trajectory = self.log.of(rows)
+        return Refined(index, vectors, steps, stability, trajectory)
 
 
 class _StepLog:
-    """What happened to each text at each step, until it is finished."""
+    """What happened at each step to the rows now in the batch; row i of the batch is row i here."""
 
-    def __init__(self, max_steps: int, hidden: int, keep_trajectory: bool) -> None:
-        self.max_steps, self.hidden, self.keep_trajectory = max_steps, hidden, keep_trajectory
-        self._stability: dict[int, list[float]] = {}
-        self._trajectory: dict[int, list[np.ndarray]] = {}
+    def __init__(self, backbone: Backbone, max_rows: int, max_steps: int, keep_trajectory: bool) -> None:
+        wide = accumulation_dtype(backbone.dtype)
+        self.cosines = torch.zeros(max_rows, max_steps, dtype=wide, device=backbone.device)
+        shape = (max_rows, max_steps, backbone.hidden_size)
+        self.vectors = torch.zeros(shape, dtype=wide, device=backbone.device) if keep_trajectory else None
+
+    def admit(self, first: int, count: int) -> None:
+        """Forget what earlier rows left in the places of `count` new ones."""
+        for log in self._logs():
+            log[first : first + count] = torch.nan
 
     def record(self, progress: Progress, cosine: Float[Tensor, "rows"]) -> None:
-        """Note s_k (from the second step on) and, if wanted, z_k of every row."""
-        vectors = progress.embedding.float().cpu().numpy() if self.keep_trajectory else None
-        for place, (row, number, value) in enumerate(zip(progress.index.tolist(), progress.step.tolist(), cosine.tolist(), strict=True)):
-            if number > 1:
-                self._stability.setdefault(row, []).append(value)
-            if vectors is not None:
-                self._trajectory.setdefault(row, []).append(vectors[place])
+        """Note s_k and, if wanted, z_k of every row."""
+        rows = torch.arange(len(progress), device=cosine.device)
+        self.cosines[rows, progress.step - 1] = cosine
+        if self.vectors is not None:
+            self.vectors[rows, progress.step - 1] = progress.embedding
 
-    def pop(self, index: Int[np.ndarray, "rows"]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the stability and trajectory of finished texts, NaN after the halt."""
-        stability = np.full((len(index), max(self.max_steps - 1, 0)), np.nan, dtype=np.float32)
-        trajectory = np.full((len(index), self.max_steps, self.hidden), np.nan, dtype=np.float32) if self.keep_trajectory else None
-        for place, row in enumerate(index.tolist()):
-            values = self._stability.pop(row, [])
-            stability[place, : len(values)] = values
-            if trajectory is not None:
-                vectors = self._trajectory.pop(row, [])
-                trajectory[place, : len(vectors)] = np.reshape(vectors, (-1, self.hidden))
-        return stability, trajectory
+    def select(self, keep: Int[Tensor, "kept"]) -> None:
+        """Follow the rows that change place."""
+        moved = (keep != torch.arange(len(keep), device=keep.device)).nonzero()[:, 0]
+        for log in self._logs():
+            log[moved] = log[keep[moved]]
+
+    def of(
+        self, rows: Int[Tensor, "rows"]
+    ) -> tuple[Float[np.ndarray, "rows steps_minus_1"], Float[np.ndarray, "rows steps hidden"] | None]:
+        """Return stability (s_2 .. s_K: equation 2 defines no s_1) and trajectory, NaN after the halt."""
+        stability = self.cosines[rows, 1:].float().cpu().numpy()
+        return stability, None if self.vectors is None else self.vectors[rows].float().cpu().numpy()
+
+    def _logs(self) -> list[Tensor]:
+        return [self.cosines] if self.vectors is None else [self.cosines, self.vectors]
 
 
 def surviving_order(finished: Bool[Tensor, "rows"]) -> Int[Tensor, "kept"]:

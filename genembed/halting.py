@@ -156,7 +156,7 @@ def rule_from_json(value: Mapping[str, Any]) -> FixedSteps | ConvergeStop:
     Raises:
         ConfigurationError: If the rule or one of its fields is unknown.
     """
-    name, fields = value.get("rule"), {key: field for key, field in value.items() if key != "rule"}
+    name, fields = str(value.get("rule")), {key: field for key, field in value.items() if key != "rule"}
     if name not in _RULES:
         raise ConfigurationError(f"halting rule {name!r} is unknown; known rules: {', '.join(_RULES)}.")
     try:

@@ -143,7 +143,7 @@ class PackedRows:
     def _attend_prompts(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
-        heads, tokens, dim = query.shape
+        heads, tokens, _ = query.shape
         result = query.new_empty(tokens, heads, value.shape[-1])
         assert self._groups is not None
         for group in self._groups:
@@ -159,8 +159,8 @@ class PackedRows:
         if self.prefix is not None:
             k = torch.cat([self.prefix.keys[layer].expand(len(k), -1, -1, -1), k], dim=2)
             v = torch.cat([self.prefix.values[layer].expand(len(v), -1, -1, -1), v], dim=2)
-        sliding = window is not None and k.shape[2] > window
-        if causal and self.prefix is None and not sliding and softcap is None:
+        sliding = window if window is not None and k.shape[2] > window else None
+        if causal and self.prefix is None and sliding is None and softcap is None:
             groups = q.shape[1] // k.shape[1]
             k, v = (k, v) if groups == 1 else (k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
@@ -168,16 +168,17 @@ class PackedRows:
         if causal:
             place = torch.arange(k.shape[2], device=q.device)
             mask = place <= place[-length:, None]
-            if sliding:
-                mask &= place > place[-length:, None] - window
+            if sliding is not None:
+                mask &= place > place[-length:, None] - sliding
         return attend(q, k, v, mask, scale, softcap)
 
     def _store(self, layer: int, group: _Group, key: Tensor, value: Tensor) -> None:
         if not self.max_tokens:
             return
         if layer not in self._keys:
-            self._keys[layer] = key.new_empty(self.max_rows, key.shape[1], self.max_tokens, key.shape[3])
-            self._values[layer] = value.new_empty(self.max_rows, value.shape[1], self.max_tokens, value.shape[3])
+            # Zeros, not whatever memory holds: a masked position has weight 0, and 0 * NaN is NaN.
+            self._keys[layer] = key.new_zeros(self.max_rows, key.shape[1], self.max_tokens, key.shape[3])
+            self._values[layer] = value.new_zeros(self.max_rows, value.shape[1], self.max_tokens, value.shape[3])
         slots = slice(group.row, group.row + group.count)
         self._keys[layer][slots, :, : group.length] = key
         self._values[layer][slots, :, : group.length] = value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from genembed.backbone import Backbone
 
 
+@runtime_checkable
 class Rows(Protocol):
     """What one refinement step needs of the sequences it works on."""
 
@@ -66,9 +67,7 @@ class RecomputedRows:
 
     def __init__(self, backbone: Backbone, batch: TokenBatch) -> None:
         if backbone.adapter_on_generated_only:
-            raise ConfigurationError(
-                "adapter_positions='generated' needs the cache: one pass cannot read the prompt and the generated positions with different weights."
-            )
+            raise ConfigurationError("adapter_positions='generated' needs the cache: one pass cannot read with two sets of weights.")
         self.backbone = backbone
         self.batch = batch
         self.embeddings = backbone.embed(batch.input_ids)

@@ -22,6 +22,8 @@ _CHOICES = {
     "adapter_positions": ("all", "generated"),
 }
 
+_GENERATED, _TWENTY_STEPS = Pooling(), FixedSteps(20)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
@@ -30,13 +32,13 @@ class ModelSettings:
     attention: Literal["causal", "prefix", "bidirectional"] = "causal"
     """Who sees whom: `causal`; `prefix` (all of the prompt sees all of it, generated positions see everything before
     them); `bidirectional` (as `prefix`, and nothing can be generated)."""
-    pooling: Pooling = Pooling()
+    pooling: Pooling = _GENERATED
     """Which states make the embedding."""
     tokens: Literal["soft", "hard"] = "soft"
     """What is fed back: the average embedding under the next-token distribution, or the likeliest token."""
     temperature: float = 1.0
     """Temperature of the soft token's softmax, dimensionless."""
-    halt: FixedSteps | ConvergeStop = FixedSteps(20)
+    halt: FixedSteps | ConvergeStop = _TWENTY_STEPS
     """The rule used when a call names none."""
     template: str = GIRCSE_TEMPLATE
     """Prompt with `{instruction}` and `{text}`; a text without an instruction is read bare."""

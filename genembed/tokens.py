@@ -106,7 +106,7 @@ class PromptTokenizer:
             ids.append(np.asarray([*self.before, *body[:room], *tail_ids], dtype=np.int64))
             if not ids[-1].size:
                 raise InputError(
-                    f"row {first_row + row}: the text {texts[row]!r:.80} has no tokens, so there is nothing to embed; drop it or give it an instruction."
+                    f"row {first_row + row}: the text {texts[row]!r:.80} has no tokens, nothing to embed; drop it or use an instruction."
                 )
         return Tokenised(ids, np.asarray([len(row_ids) for row_ids in ids], dtype=np.int64), truncated, longest)
 
@@ -145,7 +145,7 @@ def check_texts(texts: Sequence[str], *, first_row: int = 0) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(
-                f"row {row}: character {error.start} is a lone surrogate ({text[error.start]!r}), which is not valid Unicode text; decode the "
+                f"row {row}: character {error.start} is a lone surrogate ({text[error.start]!r}), which is not valid Unicode; decode the "
                 "source again, or replace it: text.encode('utf-8', 'replace').decode()"
             ) from None
 

@@ -40,7 +40,7 @@ def verify(backbone: Backbone) -> None:
     backbone.packable = _packs(backbone, [*prompts], rows)
     if not backbone.packable:
         warnings.warn(
-            f"{type(backbone.model).__name__} does not route its attention so that texts can be packed: padded batches are used, which is slower.",
+            f"{type(backbone.model).__name__} does not let texts be packed into one row: padded batches are used, which is slower.",
             stacklevel=2,
         )
 

@@ -17,6 +17,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,7 @@ def settings_of(recipe: Recipe) -> ModelSettings:
 
 def base_folder() -> Path:
     """Return the folder of the base model that is installed as a package."""
-    package = __import__(BASE_PACKAGE)
-    return Path(package.__file__).parent / "model"
+    return Path(str(resources.files(BASE_PACKAGE))) / "model"
 
 
 @dataclass
@@ -136,7 +136,7 @@ def build(recipe: Recipe) -> Trainable:
     target = r"bert\.encoder\.layer\.\d+\..*(query|key|value|dense)"
     lora = LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules=target, task_type="CAUSAL_LM")
     adapter = get_peft_model(stepper, lora)
-    table = model.get_input_embeddings().weight
+    table: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     head = SoftTokenHead(table.shape[1], table.shape[0])
     backbone = Backbone(model, settings_of(recipe), head=head, stepper=stepper)
     return Trainable(backbone, PromptTokenizer(loaded.tokenizer.tokenizer, settings), adapter, head)

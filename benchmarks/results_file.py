@@ -1,0 +1,44 @@
+"""What every benchmark says about the machine, and how its result file is named."""
+
+from __future__ import annotations
+
+import json
+import platform
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import genembed
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Describe hardware and versions."""
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "genembed": genembed.__version__,
+        "date": date.today().isoformat(),
+    }
+
+
+def write(theme: str, values: dict[str, Any], *, folder: Path = RESULTS) -> Path:
+    """Write a result file and return its path."""
+    about = machine()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{theme}_cpu{about['threads']}_{about['date']}.json"
+    path.write_text(json.dumps({"benchmark": theme, "machine": about, **values}, indent=1) + "\n")
+    return path
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())

@@ -1,0 +1,306 @@
+"""Texts in, vectors out: the file formats of the command line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from tqdm import tqdm
+
+from genembed.errors import ConfigurationError, InputError, missing_extra
+
+STANDARD_STREAM = "-"
+"""Stands for stdin as a source and for stdout as a target."""
+
+_TEXT_COLUMN = "text"
+
+
+class Record(NamedTuple):
+    """One text of a file."""
+
+    id: str
+    """Value of the id column; without one the number of the row, from 0."""
+    text: str
+    line: int
+    """Line of the file, or row of a Parquet file, from 1."""
+
+
+@dataclass(frozen=True)
+class VectorRows:
+    """What is written for each text."""
+
+    ids: Sequence[str]
+    vectors: Float[np.ndarray, "texts hidden"]
+    steps: Int[np.ndarray, "texts"]
+    truncated: Bool[np.ndarray, "texts"]
+
+
+@dataclass(frozen=True)
+class _Columns:
+    text: str
+    id: str | None
+
+    def record(self, row: Any, number: int, *, line: int, place: str) -> Record:
+        """Take text and id out of one row, a mapping from column to value."""
+        for column, option in ((self.text, "--text-column"), (self.id, "--id-column")):
+            if column is not None and column not in row:
+                raise InputError(
+                    f"{place}: no column {column!r}; the columns are {', '.join(map(str, row)) or 'none'}: name one with {option}."
+                )
+        text, identifier = row[self.text], number if self.id is None else row[self.id]
+        if not isinstance(text, str):
+            raise InputError(
+                f"{place}: column {self.text!r} holds {text!r:.80}, which is not text; drop the row or write the value as a string."
+            )
+        if not isinstance(identifier, (str, int)) or isinstance(identifier, bool):
+            raise InputError(f"{place}: column {self.id!r} holds {identifier!r:.80}; an id is a string or an integer.")
+        return Record(str(identifier), text, line)
+
+
+def read_texts(
+    source: str | Path, *, file_format: str | None = None, text_column: str | None = None, id_column: str | None = None
+) -> Iterator[Record]:
+    """Read the texts of a file, one after the other.
+
+    Args:
+        source: File of text lines (`.txt`), of JSON objects (`.jsonl`), `.csv` with a header, `.parquet`, or `-` for stdin,
+            which is taken as JSON objects if it begins with `{` and as text lines otherwise.
+        file_format: `txt`, `jsonl`, `csv` or `parquet`, where name and beginning do not tell.
+        text_column: Column or field of the text.
+        id_column: Column or field of the id.
+
+    Raises:
+        ConfigurationError: If the file or its format is unknown, or a column is named for text lines, which have none.
+        InputError: If the content is not what the format says; the message has the line.
+    """
+    if file_format is not None and file_format not in _READERS:
+        raise ConfigurationError(f"format {file_format!r} is unknown; choose one of {', '.join(_READERS)}.")
+    if str(source) == STANDARD_STREAM:
+        return _read_stream(sys.stdin.buffer, file_format, text_column, id_column)
+    path = Path(source)
+    return _read_file(path, file_format or _format_of(path), text_column, id_column)
+
+
+def _read_file(path: Path, file_format: str, text_column: str | None, id_column: str | None) -> Iterator[Record]:
+    if path.is_dir():
+        raise ConfigurationError(f"{path}: is a folder; name a file, or search the folder's files with: genembed index {path} -o DIR")
+    columns = _columns(file_format, text_column, id_column)
+    try:
+        with path.open("rb") as file:
+            yield from _READERS[file_format](file, str(path), columns)
+    except FileNotFoundError:
+        raise ConfigurationError(f"{path}: no such file.") from None
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error.strerror or error}.") from error
+
+
+def _read_stream(stream: IO[bytes], file_format: str | None, text_column: str | None, id_column: str | None) -> Iterator[Record]:
+    if file_format == "parquet":
+        lines: Any = io.BytesIO(stream.read())
+    else:
+        first = stream.readline()
+        lines = chain([first] if first else [], stream)
+        file_format = file_format or ("jsonl" if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"{") else "txt")
+    yield from _READERS[file_format](lines, "stdin", _columns(file_format, text_column, id_column))
+
+
+def _format_of(path: Path) -> str:
+    suffix = path.suffix.lower().removeprefix(".")
+    if suffix not in _READERS:
+        raise ConfigurationError(
+            f"{path}: file type {path.suffix or 'without a suffix'!r} is unknown; known are {', '.join(f'.{known}' for known in _READERS)}: "
+            "say which one it is with --format."
+        )
+    return suffix
+
+
+def _columns(file_format: str, text_column: str | None, id_column: str | None) -> _Columns:
+    if file_format == "txt" and (text_column or id_column):
+        option, value = ("--text-column", text_column) if text_column else ("--id-column", id_column)
+        raise ConfigurationError(f"{option} {value}: text lines have no columns; leave it out, or say with --format what the file is.")
+    return _Columns(text_column or _TEXT_COLUMN, id_column)
+
+
+def decoded_lines(lines: Iterable[bytes], name: str) -> Iterator[str]:
+    """Decode lines as UTF-8, each with its line end.
+
+    Raises:
+        InputError: If a line is not UTF-8; the message has its number.
+    """
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{name}, line {number}: byte {error.start + 1} (0x{line[error.start]:02x}) is not UTF-8; convert the file, for example with: "
+                "iconv -f latin1 -t utf-8"
+            ) from None
+
+
+def _read_lines(lines: Iterable[bytes], name: str, _: _Columns) -> Iterator[Record]:
+    for number, line in enumerate(decoded_lines(lines, name)):
+        yield Record(str(number), line.removesuffix("\n").removesuffix("\r"), number + 1)
+
+
+def _read_jsonl(lines: Iterable[bytes], name: str, columns: _Columns) -> Iterator[Record]:
+    number = 0
+    for line, content in enumerate(decoded_lines(lines, name), start=1):
+        if not content.strip():
+            continue
+        place = f"{name}, line {line}"
+        try:
+            row = json.loads(content)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{place}: invalid JSON at character {error.colno}: {error.msg}.") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{place}: JSON that cannot be read: {error}") from None
+        if not isinstance(row, dict):
+            raise InputError(f'{place}: expected an object such as {{"text": "..."}}, got {content.strip()!r:.60}')
+        yield columns.record(row, number, line=line, place=place)
+        number += 1
+
+
+def _read_csv(lines: Iterable[bytes], name: str, columns: _Columns) -> Iterator[Record]:
+    limit = csv.field_size_limit(sys.maxsize)  # the module refuses fields above 128 KiB otherwise
+    try:
+        reader = csv.reader(decoded_lines(lines, name), strict=True)
+        header = next(reader, None)
+        number = 0
+        while header is not None:
+            line = reader.line_num + 1
+            values = next(reader, None)
+            if values is None:
+                return
+            if not values:
+                continue
+            if len(values) != len(header):
+                raise InputError(
+                    f"{name}, line {line}: {len(values)} fields, but the header has {len(header)}; put quotes around a text that holds commas."
+                )
+            yield columns.record(dict(zip(header, values, strict=True)), number, line=line, place=f"{name}, line {line}")
+            number += 1
+    except csv.Error as error:
+        raise InputError(f"{name}, line {reader.line_num}: not valid CSV: {error}.") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_parquet(file: Any, name: str, columns: _Columns) -> Iterator[Record]:
+    arrow, parquet = _arrow()
+    try:
+        table = parquet.ParquetFile(file)
+        wanted = [column for column in dict.fromkeys([columns.text, columns.id]) if column in table.schema_arrow.names]
+        if len(wanted) < 1 + (columns.id is not None and columns.id != columns.text):
+            columns.record(dict.fromkeys(table.schema_arrow.names), 0, line=1, place=name)
+        number = 0
+        for batch in table.iter_batches(columns=wanted):
+            for row in batch.to_pylist():
+                yield columns.record(row, number, line=number + 1, place=f"{name}, row {number}")
+                number += 1
+    except (arrow.ArrowException, UnicodeDecodeError) as error:
+        raise InputError(f"{name}: cannot be read as Parquet: {error}") from error
+
+
+def _arrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise missing_extra("cli", "pyarrow") from error
+    return pyarrow, parquet
+
+
+_READERS: dict[str, Callable[[Any, str, _Columns], Iterator[Record]]] = {
+    "txt": _read_lines,
+    "jsonl": _read_jsonl,
+    "csv": _read_csv,
+    "parquet": _read_parquet,
+}
+
+
+@contextmanager
+def vector_file(target: str | Path) -> Iterator[Callable[[VectorRows], None]]:
+    """Open a file for vectors and give the function that writes them; the file appears only when all is written.
+
+    Args:
+        target: `.npy` (float32, one row for each text), `.parquet` or `.jsonl` (id, vector, steps, truncated), or `-` for
+            JSON lines on stdout.
+
+    Raises:
+        ConfigurationError: If the type is unknown or the file cannot be written; nothing has been done then.
+    """
+    if str(target) == STANDARD_STREAM:
+        sys.stdout.flush()
+        yield partial(_write_jsonl, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+        return
+    path = Path(target)
+    if path.is_dir():
+        raise ConfigurationError(f"{path}: is a folder; name a file in it, such as {path / 'vectors.npy'}")
+    if path.suffix.lower() not in _WRITERS:
+        raise ConfigurationError(
+            f"{path}: output type {path.suffix or 'without a suffix'!r} is unknown; choose one of {', '.join(_WRITERS)}, or - for stdout."
+        )
+    with replacing(path) as file:
+        yield partial(_WRITERS[path.suffix.lower()], file)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing under another name; it takes the place of `path` when the block ends without an error.
+
+    Raises:
+        ConfigurationError: If the file cannot be made.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        file = temporary.open("wb")
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be written: {error.strerror or error}; choose another place.") from error
+    try:
+        with file:
+            yield file
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write_npy(file: IO[bytes], rows: VectorRows) -> None:
+    np.save(file, rows.vectors)
+
+
+def _write_jsonl(file: IO[bytes], rows: VectorRows) -> None:
+    columns = zip(rows.ids, rows.vectors, rows.steps.tolist(), rows.truncated.tolist(), strict=True)
+    for identifier, vector, steps, truncated in tqdm(columns, total=len(rows.ids), desc="writing", unit="text", delay=1, leave=False):
+        # Nine digits give every float32 back exactly; seventeen would only be longer.
+        numbers = [float(f"{value:.9g}") for value in vector.tolist()]
+        line = json.dumps({"id": identifier, "vector": numbers, "steps": steps, "truncated": truncated}, ensure_ascii=False)
+        file.write(line.encode("utf-8", "backslashreplace") + b"\n")
+
+
+def _write_parquet(file: IO[bytes], rows: VectorRows) -> None:
+    arrow, parquet = _arrow()
+    flat = arrow.array(np.ascontiguousarray(rows.vectors).reshape(-1), type=arrow.float32())
+    columns = {
+        "id": arrow.array(list(rows.ids), type=arrow.string()),
+        "vector": arrow.FixedSizeListArray.from_arrays(flat, rows.vectors.shape[1]),
+        "steps": arrow.array(rows.steps, type=arrow.int32()),
+        "truncated": arrow.array(rows.truncated),
+    }
+    parquet.write_table(arrow.table(columns), file)
+
+
+_WRITERS: dict[str, Callable[[IO[bytes], VectorRows], None]] = {".npy": _write_npy, ".parquet": _write_parquet, ".jsonl": _write_jsonl}
