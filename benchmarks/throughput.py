@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool
-from torch import Tensor
 from results_file import RESULTS, machine, write
+from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from genembed import FixedSteps, Progress, checkpoint

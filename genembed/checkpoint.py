@@ -87,7 +87,7 @@ def load(source: Source, *, device: str, dtype: str | torch.dtype) -> Loaded:
     stepper: PreTrainedModel | None = None
     if source.adapter is not None:
         if source.settings.adapter_positions == "generated":
-            stepper = _merge_adapter(_twin(model), source.adapter)
+            stepper = _merge_adapter(twin(model), source.adapter)
         else:
             model = _merge_adapter(model, source.adapter)
     head = _load_head(source, model)
@@ -264,7 +264,7 @@ def _check_report(report: dict[str, Any], model: PreTrainedModel, source: Source
         )
 
 
-def _twin(model: PreTrainedModel) -> PreTrainedModel:
+def twin(model: PreTrainedModel) -> PreTrainedModel:
     """Copy a model, sharing its embedding table."""
     table = model.get_input_embeddings().weight
     return copy.deepcopy(model, {id(table): table})

@@ -27,12 +27,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from genembed.backbone import Backbone, SoftTokenHead
-from genembed.checkpoint import ADAPTER_CONFIG, HEAD_FILE, SETTINGS_FILE, Source, load, sha256
-from genembed.halting import ConvergeStop
+from genembed.checkpoint import ADAPTER_CONFIG, HEAD_FILE, SETTINGS_FILE, Source, load, sha256, twin
+from genembed.halting import ConvergeStop, FixedSteps
 from genembed.pooling import Pooling
 from genembed.prompt import LASER_TEMPLATE
 from genembed.refine import step
-from genembed.rows import CachedRows
+from genembed.rows import CachedRows, prompt_mask
 from genembed.settings import ModelSettings
 from genembed.tokens import PromptTokenizer, TokenBatch
 from genembed.train.losses import refinement_regulariser, stepwise_contrastive
@@ -61,6 +61,13 @@ SOURCES = {
 """Training files and their licences."""
 
 
+LONG_SOURCES = ("arxiv_title_abstract", "boolq", "clapnq_train", "covid_qa", "medquad", "movie_descriptions", "nq_qed_dev")
+"""Sources whose documents fill more than 64 tokens."""
+
+HEAD_GAIN = 1.0
+"""Gain of the head's layer norm at the start: soft tokens neither flat nor one-hot."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Settings of one run."""
@@ -68,24 +75,24 @@ class Recipe:
     seed: int = 0
     minutes: float = 60.0
     """Wall-clock time of the training loop."""
-    queries: int = 40
+    batch_tokens: int = 3_600
+    """Queries times longest prompt: long documents come in smaller batches."""
+    max_queries: int = 48
     """Queries in a batch, each with one positive and at most one hard negative."""
-    max_tokens: int = 96
-    """Longest prompt in training."""
     max_steps: int = 20
     """K is drawn from 2..max_steps for every batch."""
     temperature: float = 0.05
     """tau of the contrastive loss."""
     regulariser: float = 1.0
     """lambda of equation 8."""
-    distillation: float = 1.0
+    distillation: float = 3.0
     """Weight of the KL divergence from the base model's in-batch similarities."""
     instruction_share: float = 0.2
     """Share of batches whose queries carry the source's instruction."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 7e-4
     warmup_share: float = 0.05
     lora_rank: int = 16
-    prompt_weight: float = 20.0
+    prompt_weight: float = 30.0
     """Weight of the prompt's mean state against one generated state."""
     soft_token_temperature: float = 1.0
 
@@ -126,13 +133,11 @@ class Trainable:
 
 def build(recipe: Recipe) -> Trainable:
     """Put a fresh adapter and head over the base model."""
-    from genembed.checkpoint import _twin
-
     settings = replace(settings_of(recipe), adapter_positions="all")
-    source = Source("mini", replace(settings, pooling=Pooling(kind="mean"), halt=_no_steps()), base_folder(), None, None, base_folder())
+    source = Source("mini", replace(settings, pooling=Pooling(kind="mean"), halt=FixedSteps(0)), base_folder(), None, None, base_folder())
     loaded = load(source, device="cpu", dtype="float32")
     model = loaded.backbone.model
-    stepper = _twin(model)
+    stepper = twin(model)
     target = r"bert\.encoder\.layer\.\d+\..*(query|key|value|dense)"
     lora = LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules=target, task_type="CAUSAL_LM")
     adapter = get_peft_model(stepper, lora)
@@ -142,34 +147,33 @@ def build(recipe: Recipe) -> Trainable:
     return Trainable(backbone, PromptTokenizer(loaded.tokenizer.tokenizer, settings), adapter, head)
 
 
-def _no_steps() -> Any:
-    from genembed.halting import FixedSteps
-
-    return FixedSteps(0)
-
-
 @torch.no_grad()
 def fit_head(model: Trainable, texts: list[str]) -> None:
-    """Start the head where a state points at its own token: ridge regression from last hidden states to input embeddings."""
-    backbone, xs, ys = model.backbone, [], []
-    for start in range(0, len(texts), 64):
-        batch = TokenBatch.pad(model.tokenizer(texts[start : start + 64]).ids)
+    """Start the head where any state of a text points at what the text is about.
+
+    Ridge regression from last hidden states to the text's mean input embedding, words weighted by rarity. Started from "each
+    state names its own token" instead, the last state ([SEP]) named [SEP] for every text.
+    """
+    backbone, table = model.backbone, model.backbone.table
+    ids = model.tokenizer(texts).ids
+    counts = torch.bincount(torch.cat([torch.from_numpy(row).unique() for row in ids]), minlength=len(table))
+    rarity = torch.log(len(ids) / counts.clamp_min(1).float())
+    xs, ys = [], []
+    for start in range(0, len(ids), 64):
+        batch = TokenBatch.pad(ids[start : start + 64])
         states = backbone.forward(
-            backbone.embed(batch.input_ids),
-            positions=batch.positions,
-            mask=(batch.mask[:, None, None, :].expand(-1, -1, batch.mask.shape[1], -1)),
-            cache=None,
-            generated=False,
+            backbone.embed(batch.input_ids), positions=batch.positions, mask=prompt_mask(batch.mask, backbone), cache=None, generated=False
         )
+        weights = rarity[batch.input_ids] * batch.mask
+        topic = (weights[..., None] * backbone.embed(batch.input_ids)).sum(1) / weights.sum(1).clamp_min(1e-6)[:, None]
         xs.append(states[batch.mask])
-        ys.append(backbone.table[batch.input_ids[batch.mask]])
+        ys.append(topic[:, None].expand_as(states)[batch.mask])
     x, y = torch.cat(xs).double(), torch.cat(ys).double()
     x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
-    gram = x.T @ x + 1.0 * torch.eye(x.shape[1], dtype=x.dtype)
-    solution = torch.linalg.solve(gram, x.T @ (y - y.mean(0)))
+    solution = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1], dtype=x.dtype), x.T @ (y - y.mean(0)))
     model.head.dense.weight.copy_(solution[:-1].T)
     model.head.dense.bias.copy_(solution[-1])
-    model.head.norm.weight.fill_(0.35)
+    model.head.norm.weight.fill_(HEAD_GAIN)
 
 
 def pairs_of(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -178,20 +182,38 @@ def pairs_of(folder: Path, name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def batches(recipe: Recipe, data: Path) -> Iterator[tuple[str, str | None, list[dict[str, Any]]]]:
-    """Yield batches of one source each, sources drawn in proportion to the square root of their size."""
+@dataclass(frozen=True)
+class Batch:
+    """Pairs of one source."""
+
+    source: str
+    instruction: str | None
+    max_tokens: int
+    queries: list[str]
+    positives: list[str]
+    negatives: list[str]
+
+
+def batches(recipe: Recipe, data: Path) -> Iterator[Batch]:
+    """Yield batches of one source each, sources drawn in proportion to the square root of their size.
+
+    Prompts of every length up to the model's limit occur: trained on short ones alone, generated positions behind long
+    documents made retrieval worse (docs/LOG.md).
+    """
     rng = random.Random(recipe.seed)
     rows = {name: pairs_of(data, name) for name in SOURCES}
-    names = list(rows)
-    weights = [math.sqrt(len(rows[name])) for name in names]
+    weights = [math.sqrt(len(rows[name])) for name in rows]
     while True:
-        name = rng.choices(names, weights)[0]
-        chosen = rng.sample(rows[name], recipe.queries)
-        instruction = chosen[0]["prompt"] if rng.random() < recipe.instruction_share else None
-        yield (
-            name,
-            instruction,
-            [{**row, "pos": rng.choice(row["pos"]), "neg": rng.choice(row["neg"]) if row["neg"] else None} for row in chosen],
+        name = rng.choices(list(rows), weights)[0]
+        limit = rng.choice((64, 128, 256, 256)) if name in LONG_SOURCES else 64
+        chosen = rng.sample(rows[name], min(recipe.max_queries, recipe.batch_tokens // limit))
+        yield Batch(
+            source=name,
+            instruction=chosen[0]["prompt"] if rng.random() < recipe.instruction_share else None,
+            max_tokens=limit,
+            queries=[row["query"] for row in chosen],
+            positives=[rng.choice(row["pos"]) for row in chosen],
+            negatives=[rng.choice(row["neg"]) for row in chosen if row["neg"]],
         )
 
 
@@ -229,47 +251,47 @@ def objective(recipe: Recipe, q: Tensor, c: Tensor, q0: Tensor, c0: Tensor, posi
     return total, {name: float(value.detach()) for name, value in parts.items()}
 
 
+def update(model: Trainable, recipe: Recipe, optimizer: torch.optim.Optimizer, batch: Batch, *, steps: int) -> dict[str, Any]:
+    """Learn from one batch; return what to log."""
+    limited = PromptTokenizer(model.tokenizer.tokenizer, replace(settings_of(recipe), max_length=batch.max_tokens))
+    ids = [*limited(batch.queries, batch.instruction).ids, *limited([*batch.positives, *batch.negatives]).ids]
+    z, z0 = trajectories(model, ids, steps)
+    count = len(batch.queries)
+    loss, parts = objective(recipe, z[:count], z[count:], z0[:count], z0[count:], torch.arange(count))
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters, 1.0)
+    optimizer.step()
+    return {
+        "source": batch.source,
+        "max_tokens": batch.max_tokens,
+        "K": steps,
+        "loss": float(loss.detach()),
+        "grad_norm": float(norm),
+        **parts,
+    }
+
+
 def train(recipe: Recipe, data: Path, output: Path) -> Trainable:
     """Run the recipe; saves every five minutes and at the end."""
     torch.manual_seed(recipe.seed)
     model = build(recipe)
     stream = batches(recipe, data)
-    fit_head(
-        model, [row["query"] for _ in range(20) for row in next(stream)[2]] + [row["pos"] for _ in range(10) for row in next(stream)[2]]
-    )
+    first = [next(stream) for _ in range(80)]
+    fit_head(model, [text for batch in first for text in [*batch.queries[:20], *batch.positives[:20]]])
     optimizer = torch.optim.AdamW(model.parameters, lr=recipe.learning_rate, weight_decay=0.01)
     rng = random.Random(recipe.seed + 1)
-    started = saved = time.monotonic()
-    log = output / "train.jsonl"
     output.mkdir(parents=True, exist_ok=True)
-    tokenizer = PromptTokenizer(model.tokenizer.tokenizer, replace(settings_of(recipe), max_length=recipe.max_tokens))
-    for number, (name, instruction, rows) in enumerate(stream):
+    started = saved = time.monotonic()
+    for number, batch in enumerate(stream):
         share = (time.monotonic() - started) / (60 * recipe.minutes)
         if share >= 1:
             break
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * min(share / recipe.warmup_share, 0.5 * (1 + math.cos(math.pi * share)))
-        negatives = [row["neg"] for row in rows if row["neg"]]
-        query_ids = tokenizer([row["query"] for row in rows], instruction).ids
-        candidate_ids = tokenizer([row["pos"] for row in rows] + negatives).ids
-        steps = rng.randint(2, recipe.max_steps)
-        z, z0 = trajectories(model, [*query_ids, *candidate_ids], steps)
-        count = len(query_ids)
-        loss, parts = objective(recipe, z[:count], z[count:], z0[:count], z0[count:], torch.arange(count))
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters, 1.0)
-        optimizer.step()
-        line = {
-            "step": number,
-            "seconds": round(time.monotonic() - started, 1),
-            "source": name,
-            "K": steps,
-            "loss": float(loss.detach()),
-            "grad_norm": float(norm),
-            **parts,
-        }
-        with log.open("a") as file:
+        line = update(model, recipe, optimizer, batch, steps=rng.randint(2, recipe.max_steps))
+        line = {"step": number, "seconds": round(time.monotonic() - started, 1), **line}
+        with (output / "train.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         if number % 20 == 0:
             print(json.dumps(line), flush=True)
