@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,7 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Read a .jsonl file, or its gzipped form where that is the one there."""
     if not path.exists():
         path = path.with_name(path.name + ".gz")
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as lines:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)
 
@@ -68,14 +67,14 @@ def ndcg_at_10(scores: np.ndarray, data: Retrieval) -> np.ndarray:
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
     """Return Spearman's rank correlation, in percent."""
-    from scipy.stats import spearmanr
+    from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
     return 100 * float(spearmanr(first, second).statistic)
 
 
 def few_shot_accuracy(vectors: np.ndarray, labels: list[str], *, shots: int, seed: int) -> float:
     """Return the accuracy, in percent, of logistic regression on `shots` texts of each label, on all others."""
-    from sklearn.linear_model import LogisticRegression
+    from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
 
     rng, train = np.random.default_rng(seed), np.zeros(len(labels), dtype=bool)
     names = np.asarray(labels)
@@ -83,6 +82,3 @@ def few_shot_accuracy(vectors: np.ndarray, labels: list[str], *, shots: int, see
         train[rng.permutation(np.flatnonzero(names == label))[:shots]] = True
     model = LogisticRegression(max_iter=200).fit(vectors[train], names[train])
     return 100 * float(model.score(vectors[~train], names[~train]))
-
-
-Score = Callable[[np.ndarray], float]

@@ -186,10 +186,21 @@ def report(
         if variant.startswith("engine ") and steps["engine"]:
             iterations = 1 - steps[variant] / steps["engine"]
             decode = (full - median[variant]) / (full - unit)
-            saving = {"iterations": iterations, "decode": decode, "share": decode / iterations, "wall_clock": 1 - median[variant] / full,
-                      "ceiling": (unit + (full - unit) * (1 - iterations)) / full}  # fmt: skip
-        rows[variant] = {"seconds": values, "ms_per_text": 1e3 * median[variant] / count, "iterations": steps[variant],
-                         "to_causal_eos": median[variant] / unit, "plain_over_this": median["plain"] / median[variant], "saving": saving}  # fmt: skip
+            saving = {
+                "iterations": iterations,
+                "decode": decode,
+                "share": decode / iterations,
+                "wall_clock": 1 - median[variant] / full,
+                "ceiling": iterations * (full - unit) / full,
+            }
+        rows[variant] = {
+            "seconds": values,
+            "ms_per_text": 1e3 * median[variant] / count,
+            "iterations": steps[variant],
+            "to_causal_eos": median[variant] / unit,
+            "plain_over_this": median["plain"] / median[variant],
+            "saving": saving,
+        }
         note = "{decode:.0%} / {iterations:.0%} = {share:.2f}, wall {wall_clock:.0%}".format(**saving) if saving else ""
         spread = (max(values) - min(values)) / median[variant]
         print(

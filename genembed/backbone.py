@@ -141,6 +141,12 @@ class Backbone:
         return int(self.model.config.get_text_config().hidden_size)
 
     @property
+    def has_sliding_window(self) -> bool:
+        """Whether some layers see only the newest positions."""
+        config = self.model.config.get_text_config()
+        return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
+
+    @property
     def max_positions(self) -> int | None:
         """Positions a model with learned absolute positions can read, otherwise None."""
         config = self.model.config.get_text_config()

@@ -287,7 +287,8 @@ def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
             warnings.simplefilter("always")
             peft_model = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
             stored = set(load_file(adapter / ADAPTER_WEIGHTS))
-            expected = set(get_peft_model_state_dict(peft_model))
+            # Not `auto`, PEFT's default: that asks the hub for the base model's config.json.
+            expected = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(
             f"{adapter}: does not fit the base model {model.config.name_or_path!r}; was it trained over another one? ({error})"

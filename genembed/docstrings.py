@@ -36,8 +36,8 @@ class Docstring:
 
     @property
     def summary(self) -> str:
-        """First line of the docstring."""
-        return self.text.split("\n", 1)[0].strip()
+        """First paragraph of the docstring, on one line."""
+        return " ".join(self.text.split("\n\n", 1)[0].split())
 
 
 def docstrings(source: str | bytes, module: str) -> Iterator[Docstring]:

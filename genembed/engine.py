@@ -99,14 +99,15 @@ class Engine:
             OutOfMemoryError: If a single row does not fit.
         """
         self._check_positions(prompts, halt)
-        shared = self._shared_prefix_length(prompts)
+        prefix = self._shared_prefix(prompts)
+        shared = prefix.length if prefix is not None else 0
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
         for group in _similar_lengths(order, prompts, shared, halt.max_steps, self.budget.length_ratio):
-            yield from self._run_group(_Job(prompts, halt, shared, keep_trajectory, first_row), group)
+            yield from self._run_group(_Job(prompts, halt, prefix, keep_trajectory, first_row), group)
 
     def _run_group(self, job: _Job, group: list[int]) -> Iterator[Refined]:
         """Refine one group; when memory runs out, try what is left with half the rows."""
-        capacity = len(job.prompts[group[0]]) - job.shared + job.halt.max_steps
+        capacity = len(job.prompts[group[0]]) - job.prefix_length + job.halt.max_steps
         max_rows = max(1, min(len(group), self.budget.max_rows, self.budget.batch_tokens // capacity))
         left = dict.fromkeys(group)
         while left:
@@ -129,11 +130,16 @@ class Engine:
             if left:
                 gc.collect()
 
-    def _shared_prefix_length(self, prompts: Sequence[TokenIds]) -> int:
+    @torch.inference_mode()
+    def _shared_prefix(self, prompts: Sequence[TokenIds]) -> SharedPrefix | None:
+        """Read the tokens that all prompts begin with (an instruction, usually) once for the whole run."""
+        # In prefix attention the first tokens see the whole prompt, so they cannot be read without it.
         if not (self.backbone.causal and self.backbone.packable) or len(prompts) < 2:
-            return 0
+            return None
         length = common_prefix(prompts)
-        return length if length >= self.budget.min_prefix else 0
+        if length < self.budget.min_prefix:
+            return None
+        return PackedRows(self.backbone, max_rows=1, max_tokens=length).share(prompts[0][:length])
 
     def _check_positions(self, prompts: Sequence[TokenIds], halt: HaltingRule) -> None:
         limit = self.backbone.max_positions
@@ -151,9 +157,14 @@ class _Job:
 
     prompts: Sequence[TokenIds]
     halt: HaltingRule
-    shared: int
+    prefix: SharedPrefix | None
     keep_trajectory: bool
     first_row: int
+
+    @property
+    def prefix_length(self) -> int:
+        """Leading tokens of every prompt that are read already."""
+        return self.prefix.length if self.prefix is not None else 0
 
 
 class _DecodeBatch:
@@ -161,7 +172,7 @@ class _DecodeBatch:
 
     def __init__(self, engine: Engine, job: _Job, max_rows: int, capacity: int) -> None:
         self.backbone, self.budget = engine.backbone, engine.budget
-        self.prompts, self.halt, self.shared, self.first_row = job.prompts, job.halt, job.shared, job.first_row
+        self.job, self.prompts, self.halt = job, job.prompts, job.halt
         self.max_rows, self.capacity = max_rows, capacity if job.halt.max_steps else 0
         self.rows: PackedRows | CachedRows | None = None
         self.progress: Progress | None = None
@@ -197,7 +208,7 @@ class _DecodeBatch:
         taken: list[int] = []
         tokens = 0
         while waiting and present + len(taken) < self.max_rows:
-            length = len(self.prompts[waiting[-1]]) - self.shared
+            length = len(self.prompts[waiting[-1]]) - self.job.prefix_length
             if taken and tokens + length > self.budget.prefill_tokens:
                 break
             taken.append(waiting.pop())
@@ -214,15 +225,10 @@ class _DecodeBatch:
             self.rows = CachedRows(self.backbone, TokenBatch.pad(prompts, side=side, device=self.backbone.device))
             return self.rows.mean_hidden, self.rows.last_hidden
         if self.rows is None:
-            self.rows = PackedRows(self.backbone, max_rows=self.max_rows, max_tokens=self.capacity, prefix=self._prefix(prompts[0]))
+            self.rows = PackedRows(self.backbone, max_rows=self.max_rows, max_tokens=self.capacity, prefix=self.job.prefix)
         assert isinstance(self.rows, PackedRows)
         self.rows.admit(prompts)
         return self.rows.mean_hidden, self.rows.last_hidden[-len(prompts) :]
-
-    def _prefix(self, prompt: TokenIds) -> SharedPrefix | None:
-        if not self.shared:
-            return None
-        return PackedRows(self.backbone, max_rows=1, max_tokens=self.shared).share(prompt[: self.shared])
 
     def _collect(self) -> Iterator[Refined]:
         """Yield the rows the rule calls finished, and close the gaps they leave."""
@@ -242,7 +248,7 @@ class _DecodeBatch:
         assert self.progress is not None
         done = self.progress.select(rows)
         vectors, steps = done.embedding.float().cpu().numpy(), done.step.cpu().numpy()
-        index = done.index.cpu().numpy() + self.first_row
+        index = done.index.cpu().numpy() + self.job.first_row
         sound = np.isfinite(vectors).all(-1) & (np.abs(vectors).max(-1) > 0)
         if not sound.all():
             bad = int((~sound).argmax())

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,9 @@ from genembed.errors import ConfigurationError, InputError, missing_extra
 
 STANDARD_STREAM = "-"
 """Stands for stdin as a source and for stdout as a target."""
+
+Binary = IO[bytes] | io.BufferedIOBase
+"""An open file or stream of bytes."""
 
 _TEXT_COLUMN = "text"
 
@@ -52,19 +55,20 @@ class _Columns:
     text: str
     id: str | None
 
-    def record(self, row: Any, number: int, *, line: int, place: str) -> Record:
-        """Take text and id out of one row, a mapping from column to value."""
+    def check(self, names: Sequence[str], place: str) -> None:
+        """Refuse a file that lacks one of the columns."""
         for column, option in ((self.text, "--text-column"), (self.id, "--id-column")):
-            if column is not None and column not in row:
-                raise InputError(
-                    f"{place}: no column {column!r}; the columns are {', '.join(map(str, row)) or 'none'}: name one with {option}."
-                )
+            if column is not None and column not in names:
+                raise InputError(f"{place}: no column {column!r}; there are: {', '.join(names) or 'none'}. Name one with {option}.")
+
+    def record(self, row: Mapping[str, Any], number: int, *, line: int, place: str) -> Record:
+        """Take text and id out of one row."""
         text, identifier = row[self.text], number if self.id is None else row[self.id]
         if not isinstance(text, str):
             raise InputError(
                 f"{place}: column {self.text!r} holds {text!r:.80}, which is not text; drop the row or write the value as a string."
             )
-        if not isinstance(identifier, (str, int)) or isinstance(identifier, bool):
+        if not isinstance(identifier, (str, int)) or isinstance(identifier, bool) or not _is_unicode(str(identifier)):
             raise InputError(f"{place}: column {self.id!r} holds {identifier!r:.80}; an id is a string or an integer.")
         return Record(str(identifier), text, line)
 
@@ -90,23 +94,23 @@ def read_texts(
     if str(source) == STANDARD_STREAM:
         return _read_stream(sys.stdin.buffer, file_format, text_column, id_column)
     path = Path(source)
+    if path.is_dir():
+        raise ConfigurationError(f"{path}: is a folder; name a file, or search the folder's files with: genembed index {path} -o DIR")
+    if not path.exists():
+        raise ConfigurationError(f"{path}: no such file.")
     return _read_file(path, file_format or _format_of(path), text_column, id_column)
 
 
 def _read_file(path: Path, file_format: str, text_column: str | None, id_column: str | None) -> Iterator[Record]:
-    if path.is_dir():
-        raise ConfigurationError(f"{path}: is a folder; name a file, or search the folder's files with: genembed index {path} -o DIR")
     columns = _columns(file_format, text_column, id_column)
     try:
         with path.open("rb") as file:
             yield from _READERS[file_format](file, str(path), columns)
-    except FileNotFoundError:
-        raise ConfigurationError(f"{path}: no such file.") from None
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
 
-def _read_stream(stream: IO[bytes], file_format: str | None, text_column: str | None, id_column: str | None) -> Iterator[Record]:
+def _read_stream(stream: Binary, file_format: str | None, text_column: str | None, id_column: str | None) -> Iterator[Record]:
     if file_format == "parquet":
         lines: Any = io.BytesIO(stream.read())
     else:
@@ -120,8 +124,8 @@ def _format_of(path: Path) -> str:
     suffix = path.suffix.lower().removeprefix(".")
     if suffix not in _READERS:
         raise ConfigurationError(
-            f"{path}: file type {path.suffix or 'without a suffix'!r} is unknown; known are {', '.join(f'.{known}' for known in _READERS)}: "
-            "say which one it is with --format."
+            f"{path}: file type {path.suffix!r} is unknown; known are {', '.join(f'.{known}' for known in _READERS)}: say with --format "
+            "which one it is."
         )
     return suffix
 
@@ -144,8 +148,8 @@ def decoded_lines(lines: Iterable[bytes], name: str) -> Iterator[str]:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise InputError(
-                f"{name}, line {number}: byte {error.start + 1} (0x{line[error.start]:02x}) is not UTF-8; convert the file, for example with: "
-                "iconv -f latin1 -t utf-8"
+                f"{name}, line {number}: byte {error.start + 1} (0x{line[error.start]:02x}) is not UTF-8; convert the file first, for "
+                "example with: iconv -f latin1 -t utf-8"
             ) from None
 
 
@@ -168,29 +172,30 @@ def _read_jsonl(lines: Iterable[bytes], name: str, columns: _Columns) -> Iterato
             raise InputError(f"{place}: JSON that cannot be read: {error}") from None
         if not isinstance(row, dict):
             raise InputError(f'{place}: expected an object such as {{"text": "..."}}, got {content.strip()!r:.60}')
+        columns.check(list(row), place)
         yield columns.record(row, number, line=line, place=place)
         number += 1
 
 
 def _read_csv(lines: Iterable[bytes], name: str, columns: _Columns) -> Iterator[Record]:
     limit = csv.field_size_limit(sys.maxsize)  # the module refuses fields above 128 KiB otherwise
+    reader = csv.reader(decoded_lines(lines, name), strict=True)
     try:
-        reader = csv.reader(decoded_lines(lines, name), strict=True)
         header = next(reader, None)
-        number = 0
-        while header is not None:
-            line = reader.line_num + 1
-            values = next(reader, None)
-            if values is None:
-                return
-            if not values:
-                continue
-            if len(values) != len(header):
+        if header is None:
+            return
+        columns.check(header, name)
+        number, line = 0, reader.line_num + 1
+        for values in reader:
+            place = f"{name}, line {line}"
+            if values and len(values) != len(header):
                 raise InputError(
-                    f"{name}, line {line}: {len(values)} fields, but the header has {len(header)}; put quotes around a text that holds commas."
+                    f"{place}: {len(values)} fields, but the header has {len(header)}; put quotes around a text that holds commas."
                 )
-            yield columns.record(dict(zip(header, values, strict=True)), number, line=line, place=f"{name}, line {line}")
-            number += 1
+            if values:
+                yield columns.record(dict(zip(header, values, strict=True)), number, line=line, place=place)
+                number += 1
+            line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{name}, line {reader.line_num}: not valid CSV: {error}.") from error
     finally:
@@ -201,9 +206,8 @@ def _read_parquet(file: Any, name: str, columns: _Columns) -> Iterator[Record]:
     arrow, parquet = _arrow()
     try:
         table = parquet.ParquetFile(file)
-        wanted = [column for column in dict.fromkeys([columns.text, columns.id]) if column in table.schema_arrow.names]
-        if len(wanted) < 1 + (columns.id is not None and columns.id != columns.text):
-            columns.record(dict.fromkeys(table.schema_arrow.names), 0, line=1, place=name)
+        columns.check(table.schema_arrow.names, name)
+        wanted = [column for column in (columns.text, columns.id) if column is not None]
         number = 0
         for batch in table.iter_batches(columns=wanted):
             for row in batch.to_pylist():
@@ -211,6 +215,14 @@ def _read_parquet(file: Any, name: str, columns: _Columns) -> Iterator[Record]:
                 number += 1
     except (arrow.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{name}: cannot be read as Parquet: {error}") from error
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _arrow() -> tuple[Any, Any]:
@@ -250,15 +262,13 @@ def vector_file(target: str | Path) -> Iterator[Callable[[VectorRows], None]]:
     if path.is_dir():
         raise ConfigurationError(f"{path}: is a folder; name a file in it, such as {path / 'vectors.npy'}")
     if path.suffix.lower() not in _WRITERS:
-        raise ConfigurationError(
-            f"{path}: output type {path.suffix or 'without a suffix'!r} is unknown; choose one of {', '.join(_WRITERS)}, or - for stdout."
-        )
+        raise ConfigurationError(f"{path}: output type {path.suffix!r} is unknown; choose one of {', '.join(_WRITERS)}, or - for stdout.")
     with replacing(path) as file:
         yield partial(_WRITERS[path.suffix.lower()], file)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path) -> Iterator[Binary]:
     """Open a file for writing under another name; it takes the place of `path` when the block ends without an error.
 
     Raises:
@@ -278,20 +288,20 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def _write_npy(file: IO[bytes], rows: VectorRows) -> None:
+def _write_npy(file: Binary, rows: VectorRows) -> None:
     np.save(file, rows.vectors)
 
 
-def _write_jsonl(file: IO[bytes], rows: VectorRows) -> None:
+def _write_jsonl(file: Binary, rows: VectorRows) -> None:
     columns = zip(rows.ids, rows.vectors, rows.steps.tolist(), rows.truncated.tolist(), strict=True)
     for identifier, vector, steps, truncated in tqdm(columns, total=len(rows.ids), desc="writing", unit="text", delay=1, leave=False):
         # Nine digits give every float32 back exactly; seventeen would only be longer.
         numbers = [float(f"{value:.9g}") for value in vector.tolist()]
         line = json.dumps({"id": identifier, "vector": numbers, "steps": steps, "truncated": truncated}, ensure_ascii=False)
-        file.write(line.encode("utf-8", "backslashreplace") + b"\n")
+        file.write(line.encode() + b"\n")
 
 
-def _write_parquet(file: IO[bytes], rows: VectorRows) -> None:
+def _write_parquet(file: Binary, rows: VectorRows) -> None:
     arrow, parquet = _arrow()
     flat = arrow.array(np.ascontiguousarray(rows.vectors).reshape(-1), type=arrow.float32())
     columns = {
@@ -303,4 +313,4 @@ def _write_parquet(file: IO[bytes], rows: VectorRows) -> None:
     parquet.write_table(arrow.table(columns), file)
 
 
-_WRITERS: dict[str, Callable[[IO[bytes], VectorRows], None]] = {".npy": _write_npy, ".parquet": _write_parquet, ".jsonl": _write_jsonl}
+_WRITERS: dict[str, Callable[[Binary, VectorRows], None]] = {".npy": _write_npy, ".parquet": _write_parquet, ".jsonl": _write_jsonl}

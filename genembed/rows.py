@@ -33,6 +33,7 @@ class CachedRows:
     """
 
     def __init__(self, backbone: Backbone, batch: TokenBatch) -> None:
+        _check_padding(backbone, batch)
         self.backbone = backbone
         self.mask = batch.mask
         self.next_position = batch.mask.sum(-1)
@@ -68,6 +69,7 @@ class RecomputedRows:
     def __init__(self, backbone: Backbone, batch: TokenBatch) -> None:
         if backbone.adapter_on_generated_only:
             raise ConfigurationError("adapter_positions='generated' needs the cache: one pass cannot read with two sets of weights.")
+        _check_padding(backbone, batch)
         self.backbone = backbone
         self.batch = batch
         self.embeddings = backbone.embed(batch.input_ids)
@@ -93,6 +95,14 @@ class RecomputedRows:
         place = torch.arange(length, device=mask.device)
         sees = (place[None, :] <= place[:, None]) | (place[None, :] < prompt)
         return additive(sees[None, None] & mask[:, None, None, :], self.embeddings.dtype)
+
+
+def _check_padding(backbone: Backbone, batch: TokenBatch) -> None:
+    """Refuse padding between a prompt and what is generated where it would count: a sliding window measures cache places."""
+    if backbone.has_sliding_window and not bool(batch.mask[:, -1].all()):
+        raise ConfigurationError(
+            f"padding_side='right' with {type(backbone.model).__name__}: its sliding window would count the padding; pad on the left."
+        )
 
 
 def prompt_mask(mask: Bool[Tensor, "rows prompt"], backbone: Backbone) -> Tensor:

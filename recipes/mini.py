@@ -75,9 +75,9 @@ class Recipe:
     seed: int = 0
     minutes: float = 60.0
     """Wall-clock time of the training loop."""
-    batch_tokens: int = 3_600
+    batch_tokens: int = 2_560
     """Queries times longest prompt: long documents come in smaller batches."""
-    max_queries: int = 48
+    max_queries: int = 32
     """Queries in a batch, each with one positive and at most one hard negative."""
     max_steps: int = 20
     """K is drawn from 2..max_steps for every batch."""

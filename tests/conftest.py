@@ -7,10 +7,18 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jaxtyping import install_import_hook
+from jaxtyping import config, install_import_hook
 
-# Before the first import of the package: every annotated shape and type is checked while the tests run.
-_HOOK = install_import_hook("genembed", "beartype.beartype")
+# Before the first import of the package: every annotated shape and type is checked while the tests run. All but the engine:
+# the check is a plain function around a generator, so that torch.inference_mode() no longer sees a generator and ends before
+# its first step.
+_PACKAGE = Path(__file__).resolve().parents[1] / "genembed"
+_CHECKED = [
+    ".".join(file.relative_to(_PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    for file in sorted(_PACKAGE.rglob("*.py"))
+    if file.stem not in ("__init__", "engine")
+]
+_HOOK = install_import_hook(_CHECKED, "beartype.beartype")
 
 import pytest
 import torch
@@ -37,23 +45,36 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def refused_connections(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Refuse every connection and every name look-up, and fail a test that tried one without saying so.
+@pytest.fixture
+def untyped_caller() -> Iterator[None]:
+    """Switch the type checks off, for a caller who passes what no type checker would let through."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
 
-    A test that means to try clears the list.
-    """
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_network() -> Iterator[list[str]]:
+    """Refuse every connection and every name look-up, from before the first model is loaded."""
     attempts: list[str] = []
 
     def refuse(*arguments: object, **_: object) -> None:
-        attempts.append(repr(arguments[-1:]))
+        attempts.append(repr(arguments))
         raise ConnectionRefusedError("the tests have no network")
 
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket.socket, "connect_ex", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    yield attempts
-    assert attempts == [], "the test touched the network"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", refuse)
+        patch.setattr(socket.socket, "connect_ex", refuse)
+        patch.setattr(socket, "getaddrinfo", refuse)
+        yield attempts
+
+
+@pytest.fixture(autouse=True)
+def refused_connections(_no_network: list[str]) -> Iterator[list[str]]:
+    """Return the refused connections of this test, and fail it if it leaves one there: a test that means to try clears the list."""
+    yield _no_network
+    attempts, _no_network[:] = list(_no_network), []
+    assert attempts == [], "the test, or a fixture made for it, touched the network"
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+import warnings
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -16,14 +17,36 @@ from genembed.tokens import TokenBatch
 BATCH = TokenBatch.pad(doubles.prompts([5, 11, 2]))
 
 
+FLOAT32_NORMS = 2e-6
+"""Transformers takes RMSNorm in float32 even in a float64 model; measured: below 6e-7 of a gradient's norm."""
+
+
+def gradients_of(backbone: Backbone, trajectory: torch.Tensor) -> dict[str, torch.Tensor]:
+    weights = torch.linspace(-1, 1, trajectory.numel(), dtype=trajectory.dtype).view_as(trajectory)
+    (trajectory * weights).sum().backward()
+    modules = [backbone.model] if backbone.trained_head is None else [backbone.model, backbone.trained_head]
+    return {name: weight.grad for module in modules for name, weight in module.named_parameters() if weight.grad is not None}
+
+
 def values_and_gradients(backbone: Backbone, *, cached: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     trained = doubles.trainable(backbone)
     trajectory = refine(trained, BATCH, steps=4, cached=cached)
-    weights = torch.linspace(-1, 1, trajectory.numel(), dtype=trajectory.dtype).view_as(trajectory)
-    (trajectory * weights).sum().backward()
-    modules = [trained.model] if trained.trained_head is None else [trained.model, trained.trained_head]
-    named = [item for module in modules for item in module.named_parameters()]
-    return trajectory.detach(), {name: weight.grad for name, weight in named if weight.grad is not None}
+    return trajectory.detach(), gradients_of(trained, trajectory)
+
+
+def assert_same_gradients(gradients: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], *, tolerance: float) -> None:
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        # Some gradients are zero but for rounding, as those of key biases: a softmax does not see them.
+        assert float((gradient - expected[name]).norm()) <= tolerance * float(expected[name].norm()) + 1e-10, name
+
+
+def with_checkpointing(backbone: Backbone) -> Backbone:
+    trained = doubles.trainable(backbone)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # Transformers renames the method in version 6
+        trained.model.train().gradient_checkpointing_enable()
+    return trained
 
 
 @pytest.mark.parametrize("family", list(doubles.FAMILIES))
@@ -32,9 +55,7 @@ def test_cached_equals_recomputed_in_values_and_gradients(family: str) -> None:
     values, gradients = values_and_gradients(backbone, cached=True)
     again, expected = values_and_gradients(backbone, cached=False)
     torch.testing.assert_close(values, again, rtol=0, atol=1e-11)
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-9, msg=name)
+    assert_same_gradients(gradients, expected, tolerance=1e-10 if family in ("gpt2", "bert") else FLOAT32_NORMS)
 
 
 def test_gradients_flow_through_every_soft_token_into_the_embedding_table() -> None:
@@ -46,21 +67,12 @@ def test_gradients_flow_through_every_soft_token_into_the_embedding_table() -> N
 
 def test_the_cache_is_refused_under_gradient_checkpointing() -> None:
     """Transformers drops the cache there with only a warning, and the states come out wrong by O(1)."""
-    trained = doubles.trainable(doubles.backbone("qwen2"))
-    trained.model.train()
-    trained.model.gradient_checkpointing_enable()
-    with pytest.raises(ConfigurationError, match=r"drops the KV cache.*gradient_checkpointing_disable\(\)"):
-        refine(trained, BATCH, steps=2, cached=True)
+    with pytest.raises(ConfigurationError, match=r"drops the KV cache.*RecomputedRows"):
+        refine(with_checkpointing(doubles.backbone("qwen2")), BATCH, steps=2, cached=True)
 
 
 def test_recomputing_under_gradient_checkpointing_gives_the_plain_gradients() -> None:
-    backbone = doubles.backbone("qwen2")
-    trained = Backbone(copy.deepcopy(backbone.model), backbone.settings)
-    trained.model.requires_grad_(True).train()
-    trained.model.gradient_checkpointing_enable()
-    trajectory = refine(trained, BATCH, steps=4, cached=False)
-    weights = torch.linspace(-1, 1, trajectory.numel(), dtype=trajectory.dtype).view_as(trajectory)
-    (trajectory * weights).sum().backward()
-    _, expected = values_and_gradients(backbone, cached=False)
-    for name, weight in trained.model.named_parameters():
-        torch.testing.assert_close(weight.grad, expected[name], rtol=1e-8, atol=1e-9, msg=name)
+    trained = with_checkpointing(doubles.backbone("qwen2"))
+    gradients = gradients_of(trained, refine(trained, BATCH, steps=4, cached=False))
+    _, expected = values_and_gradients(doubles.backbone("qwen2"), cached=False)
+    assert_same_gradients(gradients, expected, tolerance=FLOAT32_NORMS)

@@ -40,13 +40,13 @@ def test_laser_is_the_same_loop_with_the_prompts_last_state_pooled(
 ) -> None:
     vectors = embedder_of(family, LASER).encode(TEXTS, halt=FixedSteps(thinking_steps - 1))
     for vector, text in zip(vectors, TEXTS, strict=True):
-        np.testing.assert_allclose(vector, unit(laser(doubles.plain(family), text, thinking_steps)), atol=2e-7)
+        np.testing.assert_allclose(vector, unit(laser(doubles.plain(family), text, thinking_steps)), atol=doubles.FLOAT32_INSIDE)
 
 
 def test_laser_runs_three_thinking_steps_by_default(embedder_of: Callable[..., Embedder]) -> None:
     refined = embedder_of("qwen3", LASER).refine(TEXTS)
     assert refined.steps.tolist() == [2, 2, 2]
-    np.testing.assert_allclose(refined.vectors[1], unit(laser(doubles.plain("qwen3"), "x", 3)), atol=2e-7)
+    np.testing.assert_allclose(refined.vectors[1], unit(laser(doubles.plain("qwen3"), "x", 3)), atol=doubles.FLOAT32_INSIDE)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gpt2"])
@@ -59,7 +59,7 @@ def test_hard_tokens_equal_greedy_generation_with_token_ids(embedder_of: Callabl
         for _ in range(5):
             ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
         states = model.base_model(input_ids=ids).last_hidden_state[0, prompt:]
-        np.testing.assert_allclose(vector, unit(states.mean(0)), atol=2e-7)
+        np.testing.assert_allclose(vector, unit(states.mean(0)), atol=doubles.FLOAT32_INSIDE)
 
 
 @pytest.mark.parametrize("family", doubles.CAUSAL_FAMILIES)
@@ -67,7 +67,7 @@ def test_causal_eos_is_the_last_hidden_state(embedder_of: Callable[..., Embedder
     vectors = embedder_of(family, CAUSAL_EOS).encode(TEXTS)
     for vector, text in zip(vectors, TEXTS, strict=True):
         ids = torch.tensor([doubles.tokenizer()(text, add_special_tokens=False)["input_ids"]])
-        np.testing.assert_allclose(vector, unit(doubles.plain(family).base_model(input_ids=ids).last_hidden_state[0, -1]), atol=2e-7)
+        np.testing.assert_allclose(vector, unit(doubles.plain(family).base_model(input_ids=ids).last_hidden_state[0, -1]), atol=doubles.FLOAT32_INSIDE)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gpt2"])
@@ -79,7 +79,7 @@ def test_bidirectional_avg_is_the_mean_of_a_pass_in_which_every_token_sees_every
         ids = torch.tensor([doubles.tokenizer()(text, add_special_tokens=False)["input_ids"]])
         nothing_hidden = torch.zeros(1, 1, ids.shape[1], ids.shape[1], dtype=torch.float64)
         states = doubles.plain(family).base_model(input_ids=ids, attention_mask=nothing_hidden).last_hidden_state[0]
-        np.testing.assert_allclose(vector, unit(states.mean(0)), atol=2e-7)
+        np.testing.assert_allclose(vector, unit(states.mean(0)), atol=doubles.FLOAT32_INSIDE)
 
 
 def test_an_encoder_read_without_steps_is_the_mean_of_its_own_states() -> None:
@@ -90,4 +90,4 @@ def test_an_encoder_read_without_steps_is_the_mean_of_its_own_states() -> None:
             ids = torch.from_numpy(prompts[index])[None]
             nothing_hidden = torch.zeros(1, 1, ids.shape[1], ids.shape[1], dtype=torch.float64)
             states = model.bert(input_ids=ids, attention_mask=nothing_hidden).last_hidden_state[0]
-            np.testing.assert_allclose(vector, unit(states.mean(0)), atol=2e-7)
+            np.testing.assert_allclose(vector, unit(states.mean(0)), atol=doubles.FLOAT32_INSIDE)

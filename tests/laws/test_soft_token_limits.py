@@ -42,7 +42,7 @@ def test_after_a_one_hot_distribution_the_state_is_that_of_the_token_id(family: 
         rows.append(backbone.next_embeddings(rows.last_hidden))
         ids = torch.tensor([[*PROMPT.tolist(), TOKEN]])
         expected = doubles.plain(family).base_model(input_ids=ids).last_hidden_state[:, -1]
-    torch.testing.assert_close(rows.last_hidden, expected, rtol=0, atol=1e-11)
+    torch.testing.assert_close(rows.last_hidden, expected, rtol=0, atol=doubles.FLOAT32_INSIDE)
 
 
 @pytest.mark.parametrize("family", list(doubles.FAMILIES))

@@ -1,0 +1,120 @@
+"""Linear layers with packed weights: equal to the plain ones, or not used."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import doubles
+from genembed import Embedder, cpu, load
+from genembed.engine import Engine
+
+LAYER = nn.Linear(48, 40)
+needs_packing = pytest.mark.skipif(not cpu.packable(LAYER.weight), reason="this Torch has no oneDNN packing")
+
+
+def small_model() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(48, 64), nn.GELU(), nn.Linear(64, 40, bias=False)).requires_grad_(False)
+
+
+@pytest.fixture
+def broken_product(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., torch.Tensor]], None]:
+    """Replace Torch's private operators by ones that misbehave."""
+
+    def replace(product: Callable[..., torch.Tensor]) -> None:
+        operators = types.SimpleNamespace(_reorder_linear_weight=lambda weight, rows: weight, _linear_pointwise=product)
+        monkeypatch.setattr(torch.ops, "mkldnn", operators)
+
+    return replace
+
+
+@needs_packing
+@pytest.mark.parametrize("rows", [1, 3, 128, 300])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_packed_product_equals_the_linear_layer(rows: int, bias: bool) -> None:
+    layer = nn.Linear(96, 56, bias=bias)
+    inputs = torch.randn(rows, 96)
+    with torch.inference_mode():
+        torch.testing.assert_close(cpu.packed_product(layer.weight, layer.bias)(inputs), layer(inputs), rtol=1e-5, atol=1e-5)
+
+
+@needs_packing
+def test_every_linear_layer_of_a_model_is_packed_and_gives_what_it_gave() -> None:
+    model, inputs = small_model(), torch.randn(2, 5, 48)
+    with torch.inference_mode():
+        before = model(inputs)
+        assert cpu.pack_linear_layers(model) == 2
+        torch.testing.assert_close(model(inputs), before, rtol=1e-5, atol=1e-5)
+
+
+@needs_packing
+def test_gradients_still_flow_through_a_packed_layer() -> None:
+    model = small_model().requires_grad_(True)
+    inputs = torch.randn(3, 48)
+    model(inputs).sum().backward()
+    expected = model[0].weight.grad.clone()
+    cpu.pack_linear_layers(model)
+    model.zero_grad()
+    model(inputs).sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_only_float32_is_packed(dtype: torch.dtype) -> None:
+    assert not cpu.packable(LAYER.weight.to(dtype))
+    assert cpu.pack_linear_layers(small_model().to(dtype)) == 0
+
+
+def wrong(*_: Any) -> torch.Tensor:
+    return torch.zeros(3, 64)
+
+
+def raising(*_: Any) -> torch.Tensor:
+    raise RuntimeError("the operator has another signature now")
+
+
+@pytest.mark.parametrize("product", [wrong, raising])
+def test_an_operator_that_does_not_agree_is_not_used(broken_product: Callable[..., None], product: Callable[..., torch.Tensor]) -> None:
+    """The operators are private to Torch: a version may change what they do, or their signature."""
+    model, inputs = small_model(), torch.randn(3, 48)
+    with torch.inference_mode():
+        before = model(inputs)
+        broken_product(product)
+        assert cpu.pack_linear_layers(model) == 0
+        assert torch.equal(model(inputs), before)
+
+
+def test_an_operator_that_does_not_agree_is_not_used_for_soft_tokens_either(
+    broken_product: Callable[..., None], folder_of: Callable[..., Any]
+) -> None:
+    """The soft token has packed products of its own, beside those of the linear layers."""
+    expected = load(folder_of("qwen2"), dtype="float64").encode(["x y z"], steps=3)
+    broken_product(lambda inputs, weight, *_: torch.zeros(*inputs.shape[:-1], len(weight)))
+    np.testing.assert_allclose(load(folder_of("qwen2"), dtype="float32").encode(["x y z"], steps=3), expected, atol=1e-3)
+
+
+@needs_packing
+def test_packed_float32_gives_the_vectors_of_float64(folder_of: Callable[..., Any], embedder_of: Callable[..., Embedder]) -> None:
+    texts = ["What is a business trip?", "x", "A language model refines the vector of a text."]
+    packed = load(folder_of("qwen2"), dtype="float32")
+    np.testing.assert_allclose(packed.encode(texts, steps=2), embedder_of("qwen2").encode(texts, steps=2), atol=1e-3)
+
+
+@needs_packing
+def test_packing_twice_changes_nothing() -> None:
+    """Every engine over a backbone packs it."""
+    backbone = doubles.backbone("llama")
+    model = doubles.trainable(backbone)
+    model.model.float().requires_grad_(False)
+    prompts = doubles.prompts([5, 3])
+    first, second = Engine(model), Engine(model)
+    from genembed import FixedSteps
+
+    before = [refined.vectors.tolist() for refined in first.run(prompts, FixedSteps(2))]
+    assert [refined.vectors.tolist() for refined in second.run(prompts, FixedSteps(2))] == before

@@ -1,0 +1,235 @@
+"""The vector index: what goes in, what is found, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import genembed.index
+from genembed import CheckpointError, ConfigurationError, Embedder, FixedSteps, InputError, MissingExtraError, load
+from genembed.index import Index, Passage, fingerprint, read_passages
+from genembed.index.passages import beginning_of, split_prose
+
+TEXTS = ["a stitch in time", "the language of models", "business trips", "fasting glucose", ""]
+PASSAGES = [Passage(text, f"row {row}", beginning_of(text)) for row, text in enumerate(TEXTS)]
+
+
+@pytest.fixture(scope="module")
+def bert(folder_of: Callable[[str], Path]) -> Embedder:
+    return load(folder_of("bert"))
+
+
+@pytest.fixture(scope="module")
+def built(bert: Embedder, tmp_path_factory: pytest.TempPathFactory) -> Index:
+    return Index.build(tmp_path_factory.mktemp("index") / "texts", bert, PASSAGES, halt=FixedSteps(3))
+
+
+def test_search_ranks_every_text_by_its_cosine_with_the_query(built: Index, bert: Embedder) -> None:
+    query = bert.encode("language", steps=3)
+    cosines = bert.encode_document(TEXTS, steps=3) @ query
+    order = np.argsort(-cosines)
+    hits = built.search(2 * query, k=10)
+    assert [hit.text for hit in hits] == [TEXTS[row] for row in order]
+    assert [hit.reference for hit in hits] == [f"row {row}" for row in order]
+    np.testing.assert_allclose([hit.score for hit in hits], cosines[order], atol=1e-5)
+    assert built.search(query, k=2) == hits[:2]
+
+
+def test_the_description_says_what_made_the_index(built: Index, bert: Embedder) -> None:
+    made = Index.open(built.folder).description
+    assert (made.model, made.dimensions, made.rows, made.steps) == (bert.source.name, 32, len(TEXTS), 3.0)
+    assert (made.halt, made.instruction, made.fingerprint) == ("FixedSteps(steps=3)", None, fingerprint(bert))
+    assert made.seconds > 0
+    assert len(Index.open(built.folder)) == len(TEXTS)
+
+
+def test_an_index_that_was_moved_still_works(built: Index, bert: Embedder, tmp_path: Path) -> None:
+    shutil.copytree(built.folder, tmp_path / "moved")
+    query = bert.encode("language")
+    assert Index.open(tmp_path / "moved").search(query) == built.search(query)
+
+
+def test_an_index_without_texts_has_no_hits(bert: Embedder, tmp_path: Path) -> None:
+    index = Index.build(tmp_path / "none", bert, [])
+    assert (len(index), index.description.steps, index.search(bert.encode("x"))) == (0, 0.0, [])
+
+
+def test_documents_are_embedded_under_the_instruction(bert: Embedder, tmp_path: Path) -> None:
+    index = Index.build(tmp_path / "x", bert, PASSAGES[:1], instruction="Classify", halt=FixedSteps(2))
+    same = bert.encode(TEXTS[0], instruction="Classify", steps=2)
+    np.testing.assert_allclose(index.search(same)[0].score, 1.0, atol=1e-5)
+    assert index.description.instruction == "Classify"
+
+
+def test_another_model_is_refused_and_the_same_one_under_another_rule_is_not(built: Index, embedder_of: Callable[..., Embedder]) -> None:
+    other = embedder_of("qwen2")
+    with pytest.raises(ConfigurationError, match=r"made by the model '.*bert' \(32 dimensions\); those of '.*qwen2'.* --overwrite"):
+        built.check(other)
+    folder = Path(built.description.model)
+    built.check(load(folder))
+
+
+def test_changed_weights_and_changed_settings_change_the_fingerprint(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folder_of("bert"), tmp_path / "bert")
+    first = load(folder)
+    known = fingerprint(first)
+    first.settings = replace(first.settings, halt=FixedSteps(5), query_instruction="Find")
+    assert fingerprint(first) == known
+    first.settings = replace(first.settings, temperature=0.5)
+    assert fingerprint(first) != known
+    weights = folder / "soft_token_head.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert fingerprint(load(folder)) != known
+
+
+@pytest.mark.parametrize(("vector", "k", "message"), [(np.ones(32), 0, "k=0: at least one hit"), (np.ones(31), 1, r"shape \(31,\)")])
+def test_a_search_that_cannot_be_done_is_refused(built: Index, vector: np.ndarray, k: int, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        built.search(vector, k=k)
+
+
+def test_an_existing_index_is_replaced_only_when_that_is_said(bert: Embedder, tmp_path: Path) -> None:
+    Index.build(tmp_path / "x", bert, PASSAGES)
+    with pytest.raises(ConfigurationError, match="there is an index already; replace it with --overwrite"):
+        Index.build(tmp_path / "x", bert, PASSAGES[:1])
+    assert len(Index.open(tmp_path / "x")) == len(PASSAGES)
+    assert len(Index.build(tmp_path / "x", bert, PASSAGES[:1], overwrite=True)) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_is_no_index_is_never_replaced(bert: Embedder, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.txt").write_text("mine")
+    for name, message in [("file", "is a file; an index is a folder"), ("folder", "other things in it"), ("absent/x", "cannot be written")]:
+        with pytest.raises(ConfigurationError, match=message):
+            Index.build(tmp_path / name, bert, PASSAGES, overwrite=True)
+    assert (tmp_path / "folder" / "mine.txt").read_text() == "mine"
+
+
+def test_a_build_that_fails_leaves_the_old_index_and_nothing_else(bert: Embedder, tmp_path: Path) -> None:
+    Index.build(tmp_path / "x", bert, PASSAGES)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"row 1: .* lone surrogate"):
+            Index.build(tmp_path / "x", bert, [PASSAGES[0], Passage("\ud800", "bad", "bad")], overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert len(Index.open(tmp_path / "x")) == len(PASSAGES)
+
+
+def test_a_folder_without_a_sound_index_is_refused(built: Index, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"there is no index .*; make one with: genembed index"):
+        Index.open(tmp_path)
+    description = json.loads((built.folder / "genembed-index.json").read_text())
+    for name, content, message in [
+        ("text", "{", "damaged; build it again"),
+        ("list", "[]", "damaged; build it again"),
+        ("field", json.dumps({**description, "unknown": 1}), "damaged; build it again"),
+        ("rows", json.dumps({**description, "rows": 99}), "says 99 rows, and there are 5"),
+    ]:
+        shutil.copytree(built.folder, tmp_path / name)
+        (tmp_path / name / "genembed-index.json").write_text(content)
+        with pytest.raises(CheckpointError, match=message):
+            Index.open(tmp_path / name)
+    (tmp_path / "rows" / "genembed-index.json").write_text(json.dumps({**description, "format_version": 2}))
+    with pytest.raises(ConfigurationError, match="format_version 2 is not 1"):
+        Index.open(tmp_path / "rows")
+    shutil.rmtree(tmp_path / "text" / "passages.lance")
+    shutil.copy(built.folder / "genembed-index.json", tmp_path / "text")
+    with pytest.raises(CheckpointError, match="damaged"):
+        Index.open(tmp_path / "text")
+
+
+def test_a_table_that_breaks_after_it_was_opened_is_called_damaged(bert: Embedder, tmp_path: Path) -> None:
+    Index.build(tmp_path / "x", bert, PASSAGES)
+    index = Index.open(tmp_path / "x")
+    shutil.rmtree(tmp_path / "x" / "passages.lance" / "data")
+    with pytest.raises(CheckpointError, match="damaged"):
+        index.search(np.ones(32, np.float32))
+
+
+def test_without_lancedb_the_message_has_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lancedb", None)
+    monkeypatch.delitem(sys.modules, "genembed.index")
+    with pytest.raises(MissingExtraError, match=r"lancedb is not installed: .* pip install 'genembed\[index\]'"):
+        __import__("genembed.index")
+    monkeypatch.undo()
+    assert sys.modules["genembed.index"] is genembed.index
+
+
+def test_a_file_of_rows_gives_one_passage_for_each(tmp_path: Path) -> None:
+    lines, rows = tmp_path / "t.txt", tmp_path / "t.jsonl"
+    lines.write_text("one\n\ntwo\n")
+    rows.write_text('\n{"text": "three", "id": "c"}\n')
+    assert list(read_passages([lines, rows])) == [
+        Passage("one", f"{lines}:1", "one"),
+        Passage("", f"{lines}:2", ""),
+        Passage("two", f"{lines}:3", "two"),
+        Passage("three", f"{rows}:2", "three"),
+    ]
+    assert [passage.reference for passage in read_passages([rows], id_column="id")] == ["c"]
+
+
+def test_a_folder_gives_passages_of_its_text_files_and_docstrings_of_its_source(tmp_path: Path) -> None:
+    for name, content in {
+        "b/notes.md": "# Title\n\nFirst.\n",
+        "a.py": 'raise SystemExit\ndef area(w, h=1):\n    """Return\n    the area."""\n',
+        "p/__init__.py": 'class C:\n    "A class."\n',
+        "c.rst": "Text\n",
+        "d.bin": "no",
+        ".hidden/e.txt": "no",
+        "__pycache__/f.py": "no",
+        ".g.txt": "no",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert list(read_passages([tmp_path])) == [
+        Passage("a.area(w, h=1): Return the area.", f"{tmp_path}/a.py:2", "Return the area."),
+        Passage("Text", f"{tmp_path}/c.rst:1", "Text"),
+        Passage("# Title\n\nFirst.", f"{tmp_path}/b/notes.md:1", "# Title First."),
+        Passage("p.C: A class.", f"{tmp_path}/p/__init__.py:1", "A class."),
+    ]
+    assert list(read_passages([tmp_path / "c.rst"])) == [Passage("Text", f"{tmp_path}/c.rst:1", "Text")]
+
+
+def test_unreadable_files_of_a_folder_are_left_out_with_a_warning_and_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("fine")
+    (tmp_path / "b.txt").write_bytes(b"fine\n\n\xe9")
+    (tmp_path / "c.py").write_text("x = 1\ndef f(:")
+    with pytest.warns(UserWarning, match=r"2 of 3 files below .* were left out; the first: .*b\.txt, line 3: byte 1"):
+        assert [passage.text for passage in read_passages([tmp_path])] == ["fine"]
+    with pytest.raises(InputError, match=r"c\.py, line 2: not readable as Python"):
+        list(read_passages([tmp_path / "c.py"]))
+    with pytest.raises(ConfigurationError, match=r"absent\.md: no such file"):
+        list(read_passages([tmp_path / "absent.md"]))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigurationError, match=r"no \.txt, \.md, \.rst, \.py file in this folder or below it"):
+        list(read_passages([tmp_path / "empty"]))
+
+
+def test_prose_is_cut_at_empty_lines_when_two_hundred_words_are_full() -> None:
+    lines = ["one " * 150, "", "two " * 50, " ", "three"]
+    assert [(line, len(text.split())) for line, text in split_prose(lines)] == [(1, 200), (5, 1)]
+    assert list(split_prose(["", " ", ""])) == []
+
+
+@given(st.lists(st.lists(st.sampled_from(["a", "bc", "def"]), max_size=450).map(" ".join), max_size=8))
+def test_no_word_is_lost_no_passage_is_too_long_and_lines_are_right(lines: list[str]) -> None:
+    passages = list(split_prose(lines))
+    assert [word for _, text in passages for word in text.split()] == [word for line in lines for word in line.split()]
+    for number, text in passages:
+        assert 1 <= len(text.split()) <= 200
+        assert text.split("\n")[0].strip() in lines[number - 1]
+
+
+def test_the_beginning_of_a_long_text_is_one_line_that_ends_in_an_ellipsis() -> None:
+    assert beginning_of(" a\n\tb ") == "a b"
+    assert beginning_of("x" * 1_000_000, 5) == "xxxx…"

@@ -1,0 +1,93 @@
+"""The soft token: exact, and block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+import doubles
+from genembed import ConfigurationError
+from genembed.soft_token import blocked_soft_token, hard_token, soft_token
+
+VOCAB = 23
+
+
+def blocked(logits: torch.Tensor, table: torch.Tensor, sizes: Sequence[int], temperature: float) -> torch.Tensor:
+    spans = torch.arange(len(table)).split(list(sizes))
+    return blocked_soft_token(
+        [lambda span=span: logits[:, span].clone() for span in spans],
+        [lambda weights, span=span: weights @ table[span] for span in spans],
+        temperature=temperature,
+    )
+
+
+def test_the_soft_token_is_the_average_of_the_table_under_the_distribution() -> None:
+    table = torch.tensor([[1.0, 0.0], [0.0, 1.0], [4.0, 4.0]], dtype=torch.float64)
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64))
+    assert soft_token(logits, table)[0].tolist() == pytest.approx([1.5, 1.25])
+    # At temperature 1/2 probabilities are squared and normalised: 4/6, 1/6, 1/6.
+    assert soft_token(logits, table, temperature=0.5)[0].tolist() == pytest.approx([8 / 6, 5 / 6])
+
+
+def test_towards_temperature_zero_the_soft_token_is_the_hard_one() -> None:
+    logits, table = torch.randn(4, VOCAB, dtype=torch.float64), torch.randn(VOCAB, 5, dtype=torch.float64)
+    torch.testing.assert_close(soft_token(logits, table, temperature=1e-4), hard_token(logits, table))
+
+
+@given(
+    sizes=st.lists(st.integers(1, VOCAB), min_size=1, max_size=8),
+    temperature=st.floats(0.05, 20.0),
+    scale=st.sampled_from([0.0, 1.0, 30.0, 800.0]),
+    seed=st.integers(0, 2**31),
+)
+@examples(max_examples=100)
+def test_blocked_equals_exact_for_any_block_sizes_and_temperature(sizes: list[int], temperature: float, scale: float, seed: int) -> None:
+    """Logits of 800 overflow an exponential in float64 unless the maximum is taken off."""
+    random = torch.Generator().manual_seed(seed)
+    vocab = sum(sizes)
+    logits = scale * torch.randn(3, vocab, dtype=torch.float64, generator=random)
+    table = torch.randn(vocab, 4, dtype=torch.float64, generator=random)
+    exact = soft_token(logits, table, temperature=temperature)
+    torch.testing.assert_close(blocked(logits, table, sizes, temperature), exact, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
+def test_a_maximum_in_any_block_is_found(order: list[int]) -> None:
+    logits, table = torch.tensor([[-1e4, 0.0, 1e4]], dtype=torch.float64)[:, order], torch.eye(3, dtype=torch.float64)
+    assert blocked(logits, table, [1, 1, 1], 1.0)[0].tolist() == [float(place == 2) for place in order]
+
+
+def test_the_softmax_of_half_precision_logits_is_taken_in_float32() -> None:
+    logits, table = torch.randn(2, 400).bfloat16(), torch.randn(400, 3).bfloat16()
+    made = soft_token(logits, table)
+    assert made.dtype == torch.bfloat16
+    expected = torch.softmax(logits.double(), -1) @ table.double()
+    torch.testing.assert_close(made.double(), expected, rtol=2e-2, atol=4e-3)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_is_not_positive_is_refused_with_the_way_out(temperature: float) -> None:
+    with pytest.raises(ConfigurationError, match=r"temperature=.*for the single likeliest token use tokens='hard'"):
+        soft_token(torch.zeros(1, 2), torch.zeros(2, 2), temperature=temperature)
+    with pytest.raises(ConfigurationError, match="must be positive"):
+        blocked_soft_token([], [], temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+@pytest.mark.parametrize("family", list(doubles.FAMILIES))
+def test_without_gradient_the_next_embedding_is_the_one_with_gradient(
+    family: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma2 has a soft cap between the blocks' products and the softmax, Gemma a scaling after it."""
+    monkeypatch.setattr("genembed.backbone._BLOCK", 96)
+    backbone = doubles.backbone(family, temperature=temperature)
+    hidden = 3 * torch.randn(5, doubles.HIDDEN, dtype=torch.float64)
+    with torch.enable_grad():
+        exact = backbone.next_embeddings(hidden)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.next_embeddings(hidden), exact, rtol=1e-11, atol=1e-11)
