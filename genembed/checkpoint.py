@@ -72,6 +72,8 @@ def resolve(path_or_id: str | Path, *, adapter: str | Path | None, preset: str |
         extra, folder = folder, _base_of(folder, offline=offline)
     if extra is not None and not (extra / ADAPTER_CONFIG).is_file():
         raise CheckpointError(f"{extra}: no {ADAPTER_CONFIG}, so this is not an adapter folder.")
+    if extra is not None:
+        _check_base(extra, folder)
     own = [place for place in (extra, folder) if place is not None and (place / SETTINGS_FILE).is_file()]
     settings = _settings(own[0] if own else None, preset, str(path_or_id))
     _check_weights(folder)
@@ -159,7 +161,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}.")
@@ -169,8 +171,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _base_of(adapter: Path, *, offline: bool) -> Path:
     """Find the base model an adapter folder names."""
     named = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    own = read_json(adapter / SETTINGS_FILE).get("base", {}) if (adapter / SETTINGS_FILE).is_file() else {}
-    base = _packaged_base(own)
+    base = _packaged_base(_declared_base(adapter))
     if base is None:
         if not named:
             raise CheckpointError(
@@ -182,12 +183,25 @@ def _base_of(adapter: Path, *, offline: bool) -> Path:
             raise CheckpointError(
                 f"{adapter}: its base model {named!r} cannot be found; name the base: load(base, adapter={str(adapter)!r}). ({error})"
             ) from error
-    expected = own.get("sha256")
-    if expected is not None and (found := sha256(base / "model.safetensors")) != expected:
-        raise CheckpointError(
-            f"{base / 'model.safetensors'}: sha256 is {found}, but this adapter was trained over {expected}; reinstall the base model."
-        )
     return base
+
+
+def _declared_base(adapter: Path) -> dict[str, Any]:
+    """Return what an adapter's settings file says of its base model; nothing for published adapters."""
+    own = read_json(adapter / SETTINGS_FILE).get("base", {}) if (adapter / SETTINGS_FILE).is_file() else {}
+    if not isinstance(own, dict):
+        raise CheckpointError(f"{adapter / SETTINGS_FILE}: base must be an object with package, folder and sha256.")
+    return own
+
+
+def _check_base(adapter: Path, base: Path) -> None:
+    """Refuse a base model with other weights than the adapter was trained over, where the adapter says which."""
+    expected = _declared_base(adapter).get("sha256")
+    weights = base / "model.safetensors"
+    if expected is not None and (found := sha256(weights) if weights.is_file() else "absent") != expected:
+        raise CheckpointError(
+            f"{weights}: sha256 is {found}, but the adapter {adapter} was trained over {expected}; reinstall the base model."
+        )
 
 
 def _packaged_base(own: dict[str, Any]) -> Path | None:
@@ -220,7 +234,7 @@ def _load_model(source: Source, dtype: torch.dtype | str) -> PreTrainedModel:
     folder = source.base
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder}: its config.json is not one this Transformers version knows: {error}") from error
     if config.model_type in _ENCODERS:
         _check_encoder(source)

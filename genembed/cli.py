@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import shlex
 import sys
 import time
 import warnings
@@ -143,7 +145,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 def demo(
     *,
     model: Model = "mini",
-    rows: Annotated[int, typer.Option(help="Docstrings to index, at most.")] = 4000,
+    rows: Annotated[int, typer.Option(help="Docstrings to index, at most.")] = 3000,
     index: Annotated[Path | None, typer.Option(help="Folder of the index; one in the user's cache if not given.")] = None,
     as_json: Json = False,
     loading: LoadOptions,
@@ -188,9 +190,10 @@ def embed(
         "truncated": int(done.truncated.sum()),
         "seconds": seconds,
     }
-    line = "{output}: {texts} vectors of {dimensions} dimensions, {mean_steps:.2f} steps on average, {seconds:.1f} s".format(**summary)
+    cut = f"{summary['truncated']} texts cut at {embedder.settings.max_length} tokens, " if summary["truncated"] else ""
+    line = "{output}: {texts} vectors of {dimensions} dimensions, {mean_steps:.2f} steps on average, {cut}{seconds:.1f} s"
     if output != STANDARD_STREAM:
-        _print_result(summary, line, as_json=as_json)
+        _print_result(summary, line.format(cut=cut, **summary), as_json=as_json)
 
 
 @command
@@ -278,19 +281,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Command-line arguments; those of the process if None.
     """
+    # Threads that spin while they wait make everything ten times slower as soon as another process wants their processor.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    sys.exit(_run(arguments))
+    sys.exit(_run(sys.argv[1:] if arguments is None else list(arguments)))
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _run(arguments: Sequence[str]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("always", module=r"genembed(\.|$)")
             warnings.showwarning = _show_warning
-            return typer.main.get_command(app).main(args=arguments, prog_name="genembed", standalone_mode=False) or 0
+            return typer.main.get_command(app).main(args=arguments or ["--help"], prog_name="genembed", standalone_mode=False) or 0
     except GenembedError as error:
         return _fail(str(error))
     except OSError as error:
@@ -298,7 +303,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        return _fail(f"{error.format_message()} See: genembed --help")  # a wrong option; its class has moved between versions of typer
+        # A wrong option; the class of the error has moved between versions of typer.
+        return _fail(f"{error.format_message()} Given: genembed {shlex.join(arguments)}; see: genembed --help")
 
 
 def _fail(message: str) -> int:
@@ -311,11 +317,10 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _genembed(context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _genembed(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
         typer.echo(f"genembed {genembed.__version__}")
-    elif context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        raise typer.Exit
 
 
 @contextmanager
@@ -385,10 +390,8 @@ def _adapter_parameters(adapter: Path | None) -> int:
 
 def _shown(value: object) -> str:
     """Show a fact on one line: strings of several lines and with blanks at their ends in quotes."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
     if isinstance(value, (int, float)):
         return f"{value:,}"
     if not isinstance(value, str):

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -24,7 +24,17 @@ from genembed.tokens import Tokenised, check_texts
 _WINDOW = 8_192
 """Texts that are tokenised and sorted by length together: memory stays bounded however many there are."""
 
+Vector = Float[np.ndarray, "hidden"]
 Vectors = Float[np.ndarray, "texts hidden"]
+
+
+class EncodeOptions(TypedDict, total=False):
+    """Keywords of `encode` and its relatives; their meaning is that of `Embedder.refine`."""
+
+    halt: HaltingRule | None
+    steps: int | None
+    truncate: Literal["right", "error"]
+    show_progress_bar: bool
 
 
 @dataclass(frozen=True)
@@ -67,36 +77,39 @@ class Embedder:
         return self.backbone.hidden_size
 
     @overload
-    def encode(self, texts: str, **options: Any) -> Float[np.ndarray, "hidden"]: ...
+    def encode(self, texts: str, *, instruction: str | None = None, **options: Unpack[EncodeOptions]) -> Vector: ...
     @overload
-    def encode(self, texts: Sequence[str], **options: Any) -> Vectors: ...
-    def encode(self, texts: str | Sequence[str], **options: Any) -> np.ndarray:
+    def encode(self, texts: Sequence[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]) -> Vectors: ...
+    def encode(self, texts: str | Sequence[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]) -> np.ndarray:
         """Embed texts as they are, or under an instruction.
 
         Args:
-            texts: Texts; a single string gives a single vector.
-            **options: `instruction`, `halt`, `steps`, `truncate` and `show_progress_bar`, as for `refine`.
+            texts: Texts; a single string gives a single vector, as in sentence-transformers.
+            instruction: What the embedding is for; without one the texts are read bare.
+            **options: `halt`, `steps`, `truncate` and `show_progress_bar`, as for `refine`.
 
         Returns:
             float32 unit vectors, one for each text, in order.
         """
         if isinstance(texts, str):
-            return np.asarray(self.refine([texts], **options).vectors[0])
-        return self.refine(texts, **options).vectors
+            return np.asarray(self.refine([texts], instruction=instruction, **options).vectors[0])
+        return self.refine(texts, instruction=instruction, **options).vectors
 
     @overload
-    def encode_query(self, texts: str, *, instruction: str | None = None, **options: Any) -> Float[np.ndarray, "hidden"]: ...
+    def encode_query(self, texts: str, *, instruction: str | None = None, **options: Unpack[EncodeOptions]) -> Vector: ...
     @overload
-    def encode_query(self, texts: Sequence[str], *, instruction: str | None = None, **options: Any) -> Vectors: ...
-    def encode_query(self, texts: str | Sequence[str], *, instruction: str | None = None, **options: Any) -> np.ndarray:
+    def encode_query(self, texts: Sequence[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]) -> Vectors: ...
+    def encode_query(self, texts: str | Sequence[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]) -> np.ndarray:
         """Embed queries under an instruction, the model's own one if none is given (see `genembed info`)."""
         return self.encode(texts, instruction=self.settings.query_instruction if instruction is None else instruction, **options)
 
     @overload
-    def encode_document(self, texts: str, *, instruction: str | None = None, **options: Any) -> Float[np.ndarray, "hidden"]: ...
+    def encode_document(self, texts: str, *, instruction: str | None = None, **options: Unpack[EncodeOptions]) -> Vector: ...
     @overload
-    def encode_document(self, texts: Sequence[str], *, instruction: str | None = None, **options: Any) -> Vectors: ...
-    def encode_document(self, texts: str | Sequence[str], *, instruction: str | None = None, **options: Any) -> np.ndarray:
+    def encode_document(self, texts: Sequence[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]) -> Vectors: ...
+    def encode_document(
+        self, texts: str | Sequence[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]
+    ) -> np.ndarray:
         """Embed documents; bare for most models, as they were trained (see `genembed info`)."""
         return self.encode(texts, instruction=self.settings.document_instruction if instruction is None else instruction, **options)
 

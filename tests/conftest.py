@@ -28,6 +28,8 @@ import doubles
 from genembed import Embedder, ModelSettings, load
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# The models are tiny: threads only wait for one another, and on busy cores a suite of a minute takes ten.
+torch.set_num_threads(1)
 
 settings.register_profile(
     "genembed",

@@ -80,9 +80,7 @@ model, and refinement amplifies the difference. Measured: at most 1.1e-5, after 
 ENCODERS = ("bert",)
 CAUSAL_FAMILIES = tuple(family for family in FAMILIES if family not in ENCODERS)
 
-PREFIX = ModelSettings(
-    attention="prefix", pooling=Pooling(kind="mean", prompt_weight=2.0), special_tokens=((BOS,), (EOS,)), max_length=64
-)
+PREFIX = ModelSettings(attention="prefix", pooling=Pooling(kind="mean", prompt_weight=2.0), special_tokens=((BOS,), (EOS,)), max_length=64)
 """Settings of the encoder double."""
 
 

@@ -71,7 +71,9 @@ def test_an_encoders_own_head_makes_its_own_logits_or_is_refused(kind: str, tmp_
     torch.testing.assert_close(backbone.head(hidden), model(input_ids=IDS).logits[:, -1], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize(("family", "scale"), [("qwen2", 1.0), ("gemma", doubles.HIDDEN**0.5), ("gemma3", doubles.HIDDEN**0.5), ("bert", 1.0)])
+@pytest.mark.parametrize(
+    ("family", "scale"), [("qwen2", 1.0), ("gemma", doubles.HIDDEN**0.5), ("gemma3", doubles.HIDDEN**0.5), ("bert", 1.0)]
+)
 def test_scaled_input_embeddings_are_seen(family: str, scale: float) -> None:
     backbone = doubles.backbone(family)
     own = backbone.embedding_scale
@@ -92,7 +94,9 @@ class Shifted(nn.Embedding):
 def test_an_embedding_layer_that_is_no_scaling_is_refused() -> None:
     model = copy.deepcopy(doubles.model("qwen2"))
     model.set_input_embeddings(Shifted.from_pretrained(model.get_input_embeddings().weight))
-    with pytest.raises(ConfigurationError, match="Shifted changes its table rows in a way that is not a scaling; soft tokens cannot follow"):
+    with pytest.raises(
+        ConfigurationError, match="Shifted changes its table rows in a way that is not a scaling; soft tokens cannot follow"
+    ):
         Backbone(model, doubles.settings_of("qwen2"))
 
 

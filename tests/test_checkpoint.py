@@ -93,7 +93,7 @@ def test_an_adapter_folder_finds_its_base_and_equals_peft(folder: Path, adapter:
 def test_the_base_can_be_named_beside_the_adapter(folder: Path, tmp_path: Path) -> None:
     """Published adapters name the base by hub id, or by a path on their author's machine."""
     astray = doubles.save_adapter(folder, tmp_path / "astray", named="/nowhere/at/all")
-    with pytest.raises(CheckpointError, match=r"its base model '/nowhere/at/all' cannot be found; name the base yourself: load\(base, adap"):
+    with pytest.raises(CheckpointError, match=r"its base model '/nowhere/at/all' cannot be found; name the base.*: load\(base, adap"):
         load(astray, preset="gircse")
     named = doubles.save_adapter(folder, tmp_path / "named")
     np.testing.assert_array_equal(encode(folder, adapter=astray, preset="gircse"), encode(named, preset="gircse"))
@@ -169,7 +169,9 @@ def test_on_cpu_half_precision_weights_are_loaded_as_float32_unless_asked_for(fo
     assert load(folder).backbone.dtype == torch.float32
 
 
-def test_loading_writes_nothing_to_the_terminal_and_wants_no_gradient(folder: Path, adapter: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_writes_nothing_to_the_terminal_and_wants_no_gradient(
+    folder: Path, adapter: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     capfd.readouterr()
     embedder = load(adapter, preset="gircse")
     assert capfd.readouterr() == ("", "")
@@ -211,7 +213,9 @@ def point_outside(folder: Path) -> None:
     """Let the index of a sharded model name a file above the folder."""
     shutil.move(folder / "model.safetensors", folder.parent / "outside.safetensors")
     names = load_file(folder.parent / "outside.safetensors")
-    spoil(folder, "model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "../outside.safetensors")}))
+    spoil(
+        folder, "model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "../outside.safetensors")})
+    )
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -229,7 +233,10 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "corrupt settings": (lambda folder: spoil(folder, "genembed.json", "{"), r"genembed\.json: cannot be read as JSON"),
     "settings that are a list": (lambda folder: spoil(folder, "genembed.json", "[]"), r"genembed\.json: expected a JSON object, got list"),
     "deep settings": (lambda folder: spoil(folder, "genembed.json", DEEP), r"genembed\.json"),
-    "settings in another encoding": (lambda folder: spoil(folder, "genembed.json", b"\xff\xfe{"), r"genembed\.json: cannot be read as JSON"),
+    "settings in another encoding": (
+        lambda folder: spoil(folder, "genembed.json", b"\xff\xfe{"),
+        r"genembed\.json: cannot be read as JSON",
+    ),
     "corrupt config": (lambda folder: spoil(folder, "config.json", "{"), r"config\.json"),
     "a config that is a list": (lambda folder: spoil(folder, "config.json", "[]"), r"config\.json"),
     "deep config": (lambda folder: spoil(folder, "config.json", DEEP), r"config\.json"),
@@ -252,7 +259,9 @@ def test_a_folder_with_this_fault_is_refused_by_name(folder: Path, name: str) ->
 
 def test_a_folder_without_settings_and_preset_is_refused_with_the_presets(folder: Path) -> None:
     (folder / "genembed.json").unlink()
-    with pytest.raises(ConfigurationError, match="not known and not guessed.*preset='gircse' or 'laser'.*'causal-eos' or 'bidirectional-avg'"):
+    with pytest.raises(
+        ConfigurationError, match=r"not known and not guessed.*preset='gircse' or 'laser'.*'causal-eos' or 'bidirectional-avg'"
+    ):
         load(folder)
 
 
@@ -266,7 +275,9 @@ def test_pickled_weights_are_refused_and_never_opened(folder: Path, tmp_path: Pa
     (folder / "model.safetensors").unlink()
     canary = tmp_path / "canary"
     (folder / name).write_bytes(pickle.dumps(Canary(canary)))
-    with pytest.raises(CheckpointError, match=rf"only pickled weights \({name}\), which can run code when read; convert them to safetensors"):
+    with pytest.raises(
+        CheckpointError, match=rf"only pickled weights \({name}\), which can run code when read; convert them to safetensors"
+    ):
         load(folder)
     assert not canary.exists()
 
@@ -307,7 +318,9 @@ def test_a_name_that_is_nothing_is_refused_with_what_it_could_be(name: str) -> N
 
 def test_a_hub_id_offline_is_refused_without_touching_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match="owner/name: not found in the local cache; load it once without offline=True, or pass a local"):
+    with pytest.raises(
+        CheckpointError, match="owner/name: not found in the local cache; load it once without offline=True, or pass a local"
+    ):
         load("owner/name", preset="gircse", offline=True)
 
 
@@ -315,7 +328,9 @@ def test_a_hub_id_without_a_network_is_refused_with_the_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused_connections: list[str]
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match="owner/name: not found in the local cache or on the hub; check the name and the network, or pass a"):
+    with pytest.raises(
+        CheckpointError, match="owner/name: not found in the local cache or on the hub; check the name and the network, or pass a"
+    ):
         load("owner/name", preset="gircse")
     assert refused_connections
     refused_connections.clear()
@@ -358,9 +373,12 @@ def change_config(**changes: Any) -> Callable[[Path], None]:
 SPOILED_ADAPTERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickled": (pickle_adapter, r"no adapter_model\.safetensors; adapter_model\.bin is pickled and is not read"),
     "no weights": (lambda adapter: (adapter / "adapter_model.safetensors").unlink(), r"no adapter_model\.safetensors"),
-    "truncated": (lambda adapter: spoil(adapter, "adapter_model.safetensors", b"\x10\0\0\0\0\0\0\0{"), "does not fit the base|does not load"),
+    "truncated": (
+        lambda adapter: spoil(adapter, "adapter_model.safetensors", b"\x10\0\0\0\0\0\0\0{"),
+        "does not fit the base|does not load",
+    ),
     "corrupt config": (lambda adapter: spoil(adapter, "adapter_config.json", "{"), r"adapter_config\.json: cannot be read as JSON"),
-    "no base": (change_config(base_model_name_or_path=None), r"no base_model_name_or_path; name the base yourself: load\(base, adapter="),
+    "no base": (change_config(base_model_name_or_path=None), r"no base_model_name_or_path; name the base.*: load\(base, adapter="),
     "no kind": (change_config(peft_type="TELEPATHY"), "adapter"),
     "another kind": (change_config(peft_type="PROMPT_TUNING", num_virtual_tokens=4), "adapter"),
     "a rank that is no number": (change_config(r="many"), "adapter"),
@@ -474,7 +492,7 @@ def test_a_packaged_base_is_found_without_importing_or_downloading_it(packaged: 
 
 
 def test_a_packaged_base_with_another_sha256_is_refused(packaged: Callable[..., Path]) -> None:
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: sha256 is [0-9a-f]{64}, but this adapter was trained over 0000; reinstall"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: sha256 is [0-9a-f]{64}, but .*was trained over 0000; reinstall"):
         load(packaged(package="a_base_model", folder="model", sha256="0000"))
 
 

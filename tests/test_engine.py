@@ -167,7 +167,9 @@ def test_a_text_longer_than_the_learned_positions_is_refused_before_any_work() -
     engine = Engine(doubles.backbone("gpt2"))
     long = doubles.prompts([120])
     assert list(run(engine, FixedSteps(8), long)) == [0]
-    with pytest.raises(ConfigurationError, match=r"120 prompt tokens and 9 steps need 129 positions, but this model has 128; use a smaller max_l"):
+    with pytest.raises(
+        ConfigurationError, match=r"120 prompt tokens and 9 steps need 129 positions, but this model has 128; use a smaller max_l"
+    ):
         run(engine, FixedSteps(9), long)
 
 

@@ -100,7 +100,7 @@ def test_a_rule_survives_the_settings_file(rule: FixedSteps | ConvergeStop) -> N
 def test_unknown_rules_and_fields_are_refused_with_what_is_known() -> None:
     with pytest.raises(ConfigurationError, match=r"halting rule 'Never' is unknown; known rules: FixedSteps, ConvergeStop"):
         rule_from_json({"rule": "Never"})
-    with pytest.raises(ConfigurationError, match="halting rule FixedSteps:.*speed"):
+    with pytest.raises(ConfigurationError, match=r"halting rule FixedSteps:.*speed"):
         rule_from_json({"rule": "FixedSteps", "speed": 3})
     with pytest.raises(ConfigurationError, match="halting rule 'None' is unknown"):
         rule_from_json({})

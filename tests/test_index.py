@@ -119,7 +119,7 @@ def test_what_is_no_index_is_never_replaced(bert: Embedder, tmp_path: Path) -> N
 def test_a_build_that_fails_leaves_the_old_index_and_nothing_else(bert: Embedder, tmp_path: Path) -> None:
     Index.build(tmp_path / "x", bert, PASSAGES)
     for _ in range(2):
-        with pytest.raises(InputError, match=r"row 1: .* lone surrogate"):
+        with pytest.raises(InputError, match=r"bad: row 1: .* lone surrogate"):
             Index.build(tmp_path / "x", bert, [PASSAGES[0], Passage("\ud800", "bad", "bad")], overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert len(Index.open(tmp_path / "x")) == len(PASSAGES)
@@ -192,10 +192,10 @@ def test_a_folder_gives_passages_of_its_text_files_and_docstrings_of_its_source(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     assert list(read_passages([tmp_path])) == [
-        Passage("a.area(w, h=1): Return the area.", f"{tmp_path}/a.py:2", "Return the area."),
+        Passage("a.area(w, h=1): Return the area.", f"{tmp_path}/a.py:2", "a.area: Return the area."),
         Passage("Text", f"{tmp_path}/c.rst:1", "Text"),
         Passage("# Title\n\nFirst.", f"{tmp_path}/b/notes.md:1", "# Title First."),
-        Passage("p.C: A class.", f"{tmp_path}/p/__init__.py:1", "A class."),
+        Passage("p.C: A class.", f"{tmp_path}/p/__init__.py:1", "p.C: A class."),
     ]
     assert list(read_passages([tmp_path / "c.rst"])) == [Passage("Text", f"{tmp_path}/c.rst:1", "Text")]
 

@@ -47,7 +47,7 @@ def test_a_base_with_another_sha256_is_refused(tmp_path: Path) -> None:
     value = json.loads((folder / "genembed.json").read_text())
     value["base"]["sha256"] = "0" * 64
     (folder / "genembed.json").write_text(json.dumps(value))
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: sha256 is .*, but this adapter was trained over 0{64}; reinstall the base"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: sha256 is .*, but .*was trained over 0{64}; reinstall the base"):
         load(folder)
 
 

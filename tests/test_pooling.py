@@ -104,7 +104,9 @@ def test_a_prompt_weight_that_is_not_positive_is_refused_with_the_way_out(weight
 
 
 def test_only_plain_generated_pooling_needs_a_step() -> None:
-    assert [pooling.needs_steps for pooling in (Pooling(), Pooling(pool_prompt_state=True), Pooling(kind="mean"), Pooling(kind="last"))] == [
+    assert [
+        pooling.needs_steps for pooling in (Pooling(), Pooling(pool_prompt_state=True), Pooling(kind="mean"), Pooling(kind="last"))
+    ] == [
         True,
         False,
         False,

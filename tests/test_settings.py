@@ -131,7 +131,9 @@ def test_the_presets_are_the_published_families() -> None:
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigurationError, match=r"preset='gpt' is unknown; choose one of gircse, laser, causal-eos, .* or pass a ModelSettings"):
+    with pytest.raises(
+        ConfigurationError, match=r"preset='gpt' is unknown; choose one of gircse, laser, causal-eos, .* or pass a ModelSettings"
+    ):
         preset_settings("gpt")
     assert preset_settings("laser") is LASER
     assert preset_settings(OTHER) is OTHER

@@ -116,7 +116,7 @@ def test_a_lone_surrogate_is_refused_by_row_and_character_with_the_way_out() -> 
         made()(["fine 🙂", "ab\ud83dc"])
 
 
-@pytest.mark.parametrize("text", ["\0", "\0\0x", " ", "\n\t ", "\ufeff", "‮right to left", "é" * 3, "🙂", "﷽", "\x1b[31m"])
+@pytest.mark.parametrize("text", ["\0", "\0\0x", " ", "\n\t ", "\ufeff", "\u202eright to left", "é" * 3, "🙂", "﷽", "\x1b[31m"])
 def test_odd_characters_have_tokens_that_decode_to_them(text: str) -> None:
     ids = made()([text]).ids[0]
     assert doubles.tokenizer().decode(ids) == text

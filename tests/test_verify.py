@@ -69,7 +69,9 @@ def test_attention_that_ignores_the_interface_falls_back_to_padded_batches_with_
     assert not backbone.packable
 
 
-@pytest.mark.parametrize("rule", [doubles.Schedule((3, 1, 5, 2, 4, 2, 3)), ConvergeStop(0.95, patience=1, max_steps=6), FixedSteps(4)], ids=str)
+@pytest.mark.parametrize(
+    "rule", [doubles.Schedule((3, 1, 5, 2, 4, 2, 3)), ConvergeStop(0.95, patience=1, max_steps=6), FixedSteps(4)], ids=str
+)
 @pytest.mark.parametrize("budget", [Budget(), Budget(max_rows=3, prefill_tokens=12, length_ratio=50.0)], ids=["default", "small"])
 def test_padded_batches_give_the_vectors_of_packed_ones(rule: Any, budget: Budget) -> None:
     backbone = own_attention()
@@ -104,5 +106,5 @@ def test_a_model_that_makes_its_logits_in_an_unknown_way_is_refused(name: str) -
         return output
 
     model.forward = altered
-    with pytest.raises(ConfigurationError, match="LlamaForCausalLM makes its logits in a way genembed does not know .*open an issue"):
+    with pytest.raises(ConfigurationError, match=r"LlamaForCausalLM makes its logits in a way genembed does not know .*open an issue"):
         verify(Backbone(model, doubles.settings_of("llama")))

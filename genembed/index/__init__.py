@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from jaxtyping import Float
 
 from genembed.checkpoint import BUILTIN
 from genembed.embedder import Embedder, Refinement
-from genembed.errors import CheckpointError, ConfigurationError, missing_extra
+from genembed.errors import CheckpointError, ConfigurationError, InputError, missing_extra
 from genembed.files import replacing
 from genembed.halting import HaltingRule
 from genembed.index.passages import Passage, docstring_passage, read_passages
@@ -29,7 +30,7 @@ try:
 except ModuleNotFoundError as missing:
     raise missing_extra("index", missing.name or "lancedb") from missing
 
-__all__ = ["Description", "Hit", "Index", "Passage", "docstring_passage", "fingerprint", "read_passages"]
+__all__ = ["Description", "Hit", "Index", "Passage", "docstring_passage", "fingerprint", "passages_hash", "read_passages"]
 
 DESCRIPTION_FILE = "genembed-index.json"
 FORMAT_VERSION = 1
@@ -54,6 +55,8 @@ class Description:
     """Instruction the texts were embedded under."""
     fingerprint: str
     """Hash of the model's settings and weights, see `fingerprint`."""
+    passages: str
+    """Hash of references and texts, see `passages_hash`."""
     rows: int
     steps: float
     """Refinement steps done for a text, mean; 0 if there is no text."""
@@ -118,13 +121,17 @@ class Index:
         with _new_folder(Path(folder), overwrite=overwrite) as temporary:
             begin = time.perf_counter()
             texts = [passage.text for passage in passages]
-            refinement = embedder.refine(texts, instruction=instruction, halt=halt, truncate=truncate, show_progress_bar=show_progress_bar)
+            with _naming(passages):
+                refinement = embedder.refine(
+                    texts, instruction=instruction, halt=halt, truncate=truncate, show_progress_bar=show_progress_bar
+                )
             description = Description(
                 model=_name(embedder),
                 dimensions=embedder.get_embedding_dimension(),
                 halt=repr(settings.halt if halt is None else halt),
                 instruction=instruction,
                 fingerprint=fingerprint(embedder),
+                passages=passages_hash(passages),
                 rows=len(texts),
                 steps=float(refinement.steps.mean()) if texts else 0.0,
                 seconds=time.perf_counter() - begin,
@@ -204,6 +211,24 @@ def fingerprint(embedder: Embedder) -> str:
             file.seek(max(size - _SAMPLE_BYTES, 0))
             digest.update(file.read())
     return digest.hexdigest()
+
+
+def passages_hash(passages: Sequence[Passage]) -> str:
+    """Hash references and texts, in order."""
+    digest = hashlib.sha256()
+    for passage in passages:
+        digest.update(json.dumps([passage.reference, passage.text]).encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _naming(passages: Sequence[Passage]) -> Iterator[None]:
+    """Say which passage the row of an error belongs to."""
+    try:
+        yield
+    except InputError as error:
+        row = re.match(r"row (\d+):", str(error))
+        raise InputError(f"{passages[int(row[1])].reference}: {error}" if row else str(error)) from error
 
 
 def _name(embedder: Embedder) -> str:

@@ -12,12 +12,11 @@ from statistics import fmean, median
 
 import numpy as np
 
-import genembed
 from genembed.docstrings import Docstring, standard_library
 from genembed.embedder import Embedder
 from genembed.errors import ConfigurationError, missing_extra
 from genembed.halting import FixedSteps, HaltingRule
-from genembed.index import DESCRIPTION_FILE, Hit, Index, docstring_passage, fingerprint
+from genembed.index import DESCRIPTION_FILE, Hit, Index, docstring_passage, fingerprint, passages_hash
 from genembed.index.passages import beginning_of
 
 try:
@@ -110,8 +109,7 @@ def run(embedder: Embedder, *, rows: int, folder: Path | None, quiet: bool = Fal
     if rows < 1:
         raise ConfigurationError(f"rows={rows}: at least one docstring has to be indexed.")
     console = _console(quiet=quiet)
-    console.print(Text("Searching the docstrings of Python's own standard library", style="bold"))
-    documented = standard_library()[:rows]
+    documented = _chosen(standard_library(), rows)
     index, reused = _index(embedder, documented, folder)
     _show_index(console, embedder, index, reused=reused)
     answers = []
@@ -172,29 +170,36 @@ def compare(embedder: Embedder, index: Index, queries: Sequence[str]) -> Compari
     return Comparison(queries=len(queries), repeats=_REPEATS, agreement=fmean(shared), **timings)
 
 
+def _chosen(documented: Sequence[Docstring], rows: int) -> list[Docstring]:
+    """Take functions and classes first, and of the methods as many as there is room for, from all modules alike."""
+    first = [docstring for docstring in documented if docstring.kind != "method"][:rows]
+    methods = [docstring for docstring in documented if docstring.kind == "method"]
+    room = min(rows - len(first), len(methods))
+    return first + [methods[place * len(methods) // room] for place in range(room)]
+
+
 def _index(embedder: Embedder, documented: Sequence[Docstring], folder: Path | None) -> tuple[Index, bool]:
-    """Open the index of an earlier run if it would come out the same, or build it."""
+    """Open the index of an earlier run if it would come out the same now, or build it."""
     own = folder is None
     folder = _cache_folder(embedder, len(documented)) if folder is None else folder
+    passages = [docstring_passage(docstring, docstring.name) for docstring in documented]
     if (folder / DESCRIPTION_FILE).is_file():
         index = Index.open(folder)
-        known = index.description
-        if (known.fingerprint, known.halt, len(index)) == (fingerprint(embedder), repr(embedder.settings.halt), len(documented)):
+        made = index.description
+        if (made.fingerprint, made.passages, made.halt) == (fingerprint(embedder), passages_hash(passages), repr(embedder.settings.halt)):
             return index, True
         if not own:
             raise ConfigurationError(
-                f"{folder}: holds another index ({len(index)} texts, made by {known.model}); delete it or choose another folder."
+                f"{folder}: holds another index ({len(index)} texts, made by {made.model}); delete it or choose another folder."
             )
     if own:
         folder.parent.mkdir(parents=True, exist_ok=True)
-    passages = [docstring_passage(docstring, docstring.name) for docstring in documented]
     return Index.build(folder, embedder, passages, overwrite=own, show_progress_bar=True), False
 
 
 def _cache_folder(embedder: Embedder, rows: int) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    made_by = f"{genembed.__version__}-{fingerprint(embedder)[:12]}"
-    return root / "genembed" / f"demo-python{platform.python_version()}-{rows}-{made_by}"
+    return root / "genembed" / f"demo-python{platform.python_version()}-{rows}-{fingerprint(embedder)[:12]}"
 
 
 def _short_texts(documented: Sequence[Docstring]) -> list[str]:
@@ -214,6 +219,7 @@ def _console(*, quiet: bool) -> Console:
 
 
 def _show_index(console: Console, embedder: Embedder, index: Index, *, reused: bool) -> None:
+    console.print(Text("Searching the docstrings of Python's own standard library", style="bold"))
     made = index.description
     pace = f"{made.seconds:.1f} s ({len(index) / made.seconds:.0f} a second)"
     lines = {
@@ -251,8 +257,8 @@ def _show_comparison(console: Console, comparison: Comparison) -> None:
     console.print(table)
     console.print(
         Text(
-            f"Halting did {every.iterations / halting.iterations:.1f} times fewer iterations and was "
-            f"{every.seconds / halting.seconds:.1f} times faster. The two differ: each text is read once before its first iteration, and a "
+            f"Halting did {every.iterations / halting.iterations:.1f} times fewer iterations in {halting.seconds / every.seconds:.0%} of the "
+            f"time. The two are not the same: each text is read once before its first iteration, and a "
             f"batch that has shrunk uses the processor less well. Of the first {_COMPARED_HITS} hits of a query, "
             f"{comparison.agreement:.1%} are the same either way."
         )

@@ -6,7 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from genembed.docstrings import Docstring, docstrings
@@ -14,7 +14,7 @@ from genembed.errors import ConfigurationError, InputError
 from genembed.files import STANDARD_STREAM, decoded_lines, read_texts
 
 _PASSAGE_WORDS = 200
-_DOCSTRING_CHARACTERS, _SIGNATURE_CHARACTERS = 400, 100
+_DOCSTRING_CHARACTERS, _SIGNATURE_CHARACTERS = 250, 80
 """A docstring says what it is about at its beginning; what follows costs time and blurs the vector."""
 
 _PROSE = (".txt", ".md", ".rst")
@@ -163,7 +163,8 @@ def _python_passages(path: Path, content: bytes) -> Iterator[Passage]:
     module = path.parent.resolve().name if path.stem == "__init__" else path.stem
     try:
         for docstring in docstrings(content, module):
-            yield docstring_passage(docstring, f"{path}:{docstring.line}")
+            passage = docstring_passage(docstring, f"{path}:{docstring.line}")
+            yield replace(passage, summary=f"{docstring.name}: {passage.summary}")
     except SyntaxError as error:
         where = f"{path}, line {error.lineno}" if error.lineno else str(path)
         raise InputError(f"{where}: not readable as Python: {error.msg}.") from error

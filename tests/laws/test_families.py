@@ -67,7 +67,9 @@ def test_causal_eos_is_the_last_hidden_state(embedder_of: Callable[..., Embedder
     vectors = embedder_of(family, CAUSAL_EOS).encode(TEXTS)
     for vector, text in zip(vectors, TEXTS, strict=True):
         ids = torch.tensor([doubles.tokenizer()(text, add_special_tokens=False)["input_ids"]])
-        np.testing.assert_allclose(vector, unit(doubles.plain(family).base_model(input_ids=ids).last_hidden_state[0, -1]), atol=doubles.FLOAT32_INSIDE)
+        np.testing.assert_allclose(
+            vector, unit(doubles.plain(family).base_model(input_ids=ids).last_hidden_state[0, -1]), atol=doubles.FLOAT32_INSIDE
+        )
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gpt2"])

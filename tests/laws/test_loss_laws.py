@@ -70,5 +70,5 @@ def test_bfloat16_embeddings_are_compared_in_float32() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
 def test_a_loss_temperature_that_is_not_positive_is_refused(temperature: float) -> None:
-    with pytest.raises(ConfigurationError, match="must be positive, for example 0.02"):
+    with pytest.raises(ConfigurationError, match=r"must be positive, for example 0\.02"):
         stepwise_contrastive(embeddings(2, 1, 0), embeddings(3, 1, 1), temperature=temperature, positives=POSITIVES)
