@@ -26,6 +26,8 @@ def test_braces_in_instruction_and_text_are_kept() -> None:
     """str.format would fail on them, or fill the text into the instruction."""
     template = PromptTemplate("{instruction}|{text}|end")
     assert template.apply("{text} {0}", "write {text} as {json}") == "write {text} as {json}|{text} {0}|end"
+    json = PromptTemplate('{"task": "{instruction}", "text": "{text}"}')
+    assert json.apply("cats", "Find it") == '{"task": "Find it", "text": "cats"}'
 
 
 @pytest.mark.parametrize("template", ["{text}", "{instruction}", "{text} {instruction}", "{instruction}{text}{text}", "", "Query: "])

@@ -257,9 +257,8 @@ def _show_comparison(console: Console, comparison: Comparison) -> None:
     console.print(table)
     console.print(
         Text(
-            f"Halting did {every.iterations / halting.iterations:.1f} times fewer iterations in {halting.seconds / every.seconds:.0%} of the "
-            f"time. The two are not the same: each text is read once before its first iteration, and a "
-            f"batch that has shrunk uses the processor less well. Of the first {_COMPARED_HITS} hits of a query, "
-            f"{comparison.agreement:.1%} are the same either way."
+            f"Halting did {every.iterations / halting.iterations:.1f} times fewer iterations in {halting.seconds / every.seconds:.0%} of "
+            "the time. The two are not the same: each text is read once before its first iteration, and a batch that has shrunk uses the "
+            f"processor less well. Of the first {_COMPARED_HITS} hits of a query, {comparison.agreement:.1%} are the same either way."
         )
     )
