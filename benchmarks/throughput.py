@@ -32,7 +32,7 @@ from results_file import RESULTS, machine, write
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from genembed import FixedSteps, Progress, checkpoint
+from genembed import FixedSteps, Progress, checkpoint, source
 from genembed.backbone import Backbone
 from genembed.engine import Engine
 from genembed.pooling import Pooling
@@ -42,7 +42,7 @@ from genembed.settings import GIRCSE
 from genembed.tokens import TokenBatch, TokenIds
 
 STEPS = 20
-MINI = "runs/mini-a"
+MINI = "mini"
 BATCH = 32
 """Batch of the plain loop, as the released evaluation uses."""
 
@@ -103,7 +103,7 @@ def engine_loop(engine: Engine, prompts: Sequence[TokenIds], halt: Any) -> int:
 
 def load_mini() -> Backbone:
     """Return the built-in model."""
-    return checkpoint.load(checkpoint.resolve(MINI, adapter=None, preset=None, offline=True), device="cpu", dtype="float32").backbone
+    return checkpoint.load(source.resolve(MINI, adapter=None, preset=None, offline=True), device="cpu", dtype="float32").backbone
 
 
 def load_qwen() -> Backbone:

@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from genembed import cpu
 from genembed.attention import ATTENTION_NAME
 from genembed.errors import ConfigurationError
+from genembed.halting import HaltingRule
 from genembed.packed import PackedRows
 from genembed.settings import ModelSettings
 from genembed.soft_token import blocked_soft_token, hard_token, soft_token
@@ -86,6 +87,7 @@ class Backbone:
         settings: Attention mode and kind of token.
         head: Replaces the model's own language-model head (needed for encoders that come without one).
         stepper: Reads the generated positions, when an adapter works on those alone; the model itself otherwise.
+        has_head: False for an encoder whose language-model head is not trained, so that it can only be read in one pass.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Backbone:
         *,
         head: SoftTokenHead | None = None,
         stepper: PreTrainedModel | None = None,
+        has_head: bool = True,
     ) -> None:
         self.settings = settings
         self.model = model
@@ -102,6 +105,7 @@ class Backbone:
         self.stepper: nn.Module = stepper.base_model if stepper is not None else self.base
         self.embedding: nn.Module = model.get_input_embeddings()
         self.trained_head = head
+        self.has_head = has_head
         table: Tensor = self.embedding.weight  # type: ignore[assignment]
         self.head = LogitHead(table, bias=head.bias, transform=head) if head is not None else LogitHead.of(model)
         self.embedding_scale = _embedding_scale(self.embedding)
@@ -150,8 +154,20 @@ class Backbone:
     def max_positions(self) -> int | None:
         """Positions a model with learned absolute positions can read, otherwise None."""
         config = self.model.config.get_text_config()
-        learned = config.model_type in ("gpt2", "opt", "bert", "roberta", "gpt_neo", "xlm-roberta", "electra")
+        learned = config.model_type in ("bert", "gpt2", "gpt_neo", "opt")
         return int(config.max_position_embeddings) if learned else None
+
+    def check_halt(self, rule: HaltingRule) -> None:
+        """Refuse a rule that this model cannot follow, with the reason.
+
+        Raises:
+            ConfigurationError: If the settings exclude the rule, or there is no head to generate with.
+        """
+        self.settings.check_halt(rule)
+        if rule.max_steps > 0 and not self.has_head:
+            raise ConfigurationError(
+                f"halt={rule}: this encoder has no trained soft-token head, so it can only be read in one pass: FixedSteps(0)."
+            )
 
     def embed(self, input_ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch hidden"]:
         """Look up input embeddings, with the scaling some families apply."""
@@ -215,7 +231,7 @@ class Backbone:
         """Make float32 inference on CPU faster at the price of a second copy of the weights; changes nothing elsewhere."""
         for part in {id(self.base): self.base, id(self.stepper): self.stepper}.values():
             cpu.pack_linear_layers(part)
-        if cpu.packable(self.head.weight):
+        if self.has_head and cpu.packable(self.head.weight) and cpu.operators_agree():
             self._product_blocks = self._packed_blocks
 
     @cached_property

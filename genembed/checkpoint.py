@@ -1,16 +1,13 @@
-"""Model folders: what may be in one, how it is checked, and how it becomes a backbone."""
+"""From a model folder to a backbone: weights, adapter, head and tokenizer, each checked against the others."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources, util
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +19,28 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from genembed.backbone import Backbone, SoftTokenHead
-from genembed.errors import CheckpointError, ConfigurationError
-from genembed.settings import ModelSettings, preset_settings
+from genembed.errors import CheckpointError, ConfigurationError, NonFiniteError
+from genembed.source import HEAD_FILE, Source
 from genembed.tokens import PromptTokenizer
 from genembed.verify import verify
 
-SETTINGS_FILE = "genembed.json"
-HEAD_FILE = "soft_token_head.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-BUILTIN = ("mini",)
-"""Names of the models that come with the package."""
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-_ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "camembert")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from, resolved to local folders."""
-
-    name: str
-    settings: ModelSettings
-    base: Path
-    adapter: Path | None
-    head: Path | None
-    tokenizer: Path
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_OTHER_ENCODERS = (
+    "albert",
+    "camembert",
+    "data2vec-text",
+    "deberta",
+    "deberta-v2",
+    "distilbert",
+    "electra",
+    "mpnet",
+    "roberta",
+    "roformer",
+    "xlm-roberta",
+)
+"""Encoders whose positions or heads are made in ways of their own; read as BERT they would be silently wrong."""
 
 
 @dataclass(frozen=True)
@@ -59,33 +52,10 @@ class Loaded:
     tokenizer: PromptTokenizer
 
 
-def resolve(path_or_id: str | Path, *, adapter: str | Path | None, preset: str | ModelSettings | None, offline: bool) -> Source:
-    """Find a model's files and settings, without loading weights.
-
-    Raises:
-        CheckpointError: If files are missing, unsafe, or contradict one another.
-        ConfigurationError: If there is no settings file and no preset was given.
-    """
-    folder = _folder(path_or_id, offline=offline)
-    extra = _folder(adapter, offline=offline) if adapter is not None else None
-    if extra is None and (folder / ADAPTER_CONFIG).is_file():
-        extra, folder = folder, _base_of(folder, offline=offline)
-    if extra is not None and not (extra / ADAPTER_CONFIG).is_file():
-        raise CheckpointError(f"{extra}: no {ADAPTER_CONFIG}, so this is not an adapter folder.")
-    if extra is not None:
-        _check_base(extra, folder)
-    own = [place for place in (extra, folder) if place is not None and (place / SETTINGS_FILE).is_file()]
-    settings = _settings(own[0] if own else None, preset, str(path_or_id))
-    _check_weights(folder)
-    head = next((place / HEAD_FILE for place in (extra, folder) if place is not None and (place / HEAD_FILE).is_file()), None)
-    tokenizer = extra if extra is not None and (extra / "tokenizer.json").is_file() else folder
-    return Source(str(path_or_id), settings, folder, extra, head, tokenizer)
-
-
 def load(source: Source, *, device: str, dtype: str | torch.dtype) -> Loaded:
     """Load weights and tokenizer of a resolved model."""
     target = _device(device)
-    model = _load_model(source, _dtype(dtype, target))
+    model, has_head = _load_model(source, _dtype(dtype, target))
     stepper: PreTrainedModel | None = None
     if source.adapter is not None:
         if source.settings.adapter_positions == "generated":
@@ -96,147 +66,25 @@ def load(source: Source, *, device: str, dtype: str | torch.dtype) -> Loaded:
     parts: list[nn.Module] = [part for part in (model, stepper, head) if part is not None]
     for part in parts:
         part.to(target).eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=False, local_files_only=True)
-    backbone = Backbone(model, source.settings, head=head, stepper=stepper)
-    verify(backbone)
-    return Loaded(source, backbone, PromptTokenizer(tokenizer, source.settings))
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _folder(path_or_id: str | Path, *, offline: bool) -> Path:
-    """Turn a name, a path or a hub id into a local folder."""
-    if str(path_or_id) in BUILTIN:
-        return Path(str(resources.files("genembed") / "builtin" / str(path_or_id)))
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists() or folder.is_absolute() or str(path_or_id).count("/") != 1 or str(path_or_id).startswith("."):
-        raise CheckpointError(
-            f"{path_or_id!r} is neither a folder, nor a hub id (owner/name), nor a built-in model ({', '.join(BUILTIN)})."
-        )
-    return _download(str(path_or_id), offline=offline)
-
-
-def _download(repo_id: str, *, offline: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
+    backbone = Backbone(model, source.settings, head=head, stepper=stepper, has_head=has_head or head is not None)
+    tokenizer = PromptTokenizer(_load_tokenizer(source.tokenizer, len(backbone.table)), source.settings)
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES, local_files_only=offline))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        way_out = (
-            "load it once without offline=True, or pass a local folder"
-            if offline
-            else "check the name and the network, or pass a local folder"
-        )
-        raise CheckpointError(
-            f"{repo_id}: not found in the local cache{'' if offline else ' or on the hub'}; {way_out}. ({error})"
-        ) from error
+        verify(backbone)
+    except NonFiniteError as error:
+        raise CheckpointError(f"{source.base}: {error}") from error
+    return Loaded(source, backbone, tokenizer)
 
 
-def _settings(folder: Path | None, preset: str | ModelSettings | None, name: str) -> ModelSettings:
-    if preset is not None:
-        return preset_settings(preset)
-    if folder is None:
-        raise ConfigurationError(
-            f"{name}: there is no {SETTINGS_FILE}, so how this model makes an embedding is not known and not guessed. Say it: "
-            "preset='gircse' or 'laser' for the published families, 'causal-eos' or 'bidirectional-avg' for a plain language model, or "
-            "a genembed.ModelSettings."
-        )
-    value = read_json(folder / SETTINGS_FILE)
-    value.pop("base", None)
-    return ModelSettings.from_json(value, source=str(folder / SETTINGS_FILE))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: If the file is absent, or is not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}.")
-    return value
-
-
-def _base_of(adapter: Path, *, offline: bool) -> Path:
-    """Find the base model an adapter folder names."""
-    named = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    base = _packaged_base(_declared_base(adapter))
-    if base is None:
-        if not named:
-            raise CheckpointError(
-                f"{adapter / ADAPTER_CONFIG}: no base_model_name_or_path; name the base yourself: load(base, adapter=...)."
-            )
-        try:
-            base = _folder(named, offline=offline)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{adapter}: its base model {named!r} cannot be found; name the base: load(base, adapter={str(adapter)!r}). ({error})"
-            ) from error
-    return base
-
-
-def _declared_base(adapter: Path) -> dict[str, Any]:
-    """Return what an adapter's settings file says of its base model; nothing for published adapters."""
-    own = read_json(adapter / SETTINGS_FILE).get("base", {}) if (adapter / SETTINGS_FILE).is_file() else {}
-    if not isinstance(own, dict):
-        raise CheckpointError(f"{adapter / SETTINGS_FILE}: base must be an object with package, folder and sha256.")
-    return own
-
-
-def _check_base(adapter: Path, base: Path) -> None:
-    """Refuse a base model with other weights than the adapter was trained over, where the adapter says which."""
-    expected = _declared_base(adapter).get("sha256")
-    weights = base / "model.safetensors"
-    if expected is not None and (found := sha256(weights) if weights.is_file() else "absent") != expected:
-        raise CheckpointError(
-            f"{weights}: sha256 is {found}, but the adapter {adapter} was trained over {expected}; reinstall the base model."
-        )
-
-
-def _packaged_base(own: dict[str, Any]) -> Path | None:
-    """Return the folder of a base model that is an installed Python package, if there is one."""
-    package = own.get("package")
-    spec = util.find_spec(package) if isinstance(package, str) and package.isidentifier() else None
-    if spec is None or spec.origin is None:
-        return None
-    root = Path(spec.origin).parent.resolve()
-    folder = (root / str(own.get("folder", "."))).resolve()
-    if not folder.is_relative_to(root):
-        raise CheckpointError(f"base folder {own.get('folder')!r} lies outside the package {package}.")
-    return folder if folder.is_dir() else None
-
-
-def _check_weights(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: no config.json, so this is not a model folder.")
-    if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
-        return
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
-    if pickled:
-        raise CheckpointError(
-            f"{folder}: only pickled weights ({', '.join(pickled)}), which can run code when read; convert them to safetensors first."
-        )
-    raise CheckpointError(f"{folder}: no weights (model.safetensors is missing).")
-
-
-def _load_model(source: Source, dtype: torch.dtype | str) -> PreTrainedModel:
+def _load_model(source: Source, dtype: torch.dtype | str) -> tuple[PreTrainedModel, bool]:
+    """Load the weights; tell whether they have a language-model head."""
     folder = source.base
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder}: its config.json is not one this Transformers version knows: {error}") from error
-    if config.model_type in _ENCODERS:
+    if config.model_type in _OTHER_ENCODERS:
+        raise ConfigurationError(f"{folder}: {config.model_type} encoders are not supported (BERT is); use a causal language model.")
+    if config.model_type == "bert":
         _check_encoder(source)
         config.is_decoder = True
     try:
@@ -253,8 +101,7 @@ def _load_model(source: Source, dtype: torch.dtype | str) -> PreTrainedModel:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: the weights do not load: {error}") from error
     model: PreTrainedModel = loaded[0]
-    _check_report(loaded[1], model, source)
-    return model
+    return model, _check_report(loaded[1], model, source)
 
 
 def _check_encoder(source: Source) -> None:
@@ -262,8 +109,12 @@ def _check_encoder(source: Source) -> None:
         raise ConfigurationError(f"{source.base}: an encoder has to be read with attention='prefix' (or 'bidirectional'), not 'causal'.")
 
 
-def _check_report(report: dict[str, Any], model: PreTrainedModel, source: Source) -> None:
-    """Refuse a checkpoint that leaves weights at random, unless they are a head that is replaced or never used."""
+def _check_report(report: dict[str, Any], model: PreTrainedModel, source: Source) -> bool:
+    """Refuse a checkpoint that leaves weights at random, unless they are a head that is replaced or never used.
+
+    Returns:
+        Whether the model has a language-model head of its own.
+    """
     head_unused = source.head is not None or source.settings.halt.max_steps == 0
     body = f"{model.base_model_prefix}."
     missing = {name for name in report["missing_keys"] if name.startswith(body) or not head_unused}
@@ -276,6 +127,7 @@ def _check_report(report: dict[str, Any], model: PreTrainedModel, source: Source
         raise CheckpointError(
             f"{source.base}: weights have other shapes than config.json says: {sorted(map(str, report['mismatched_keys']))[:3]}"
         )
+    return not report["missing_keys"]
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -303,7 +155,7 @@ def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
             stored = set(load_file(adapter / ADAPTER_WEIGHTS))
             # Not `auto`, PEFT's default: that asks the hub for the base model's config.json.
             expected = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
             f"{adapter}: does not fit the base model {model.config.name_or_path!r}; was it trained over another one? ({error})"
         ) from error
@@ -314,6 +166,20 @@ def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
         )
     with _quiet():
         return peft_model.merge_and_unload()  # type: ignore[no-any-return]
+
+
+def _load_tokenizer(folder: Path, vocab: int) -> Any:
+    """Load a tokenizer whose every id has a row in the embedding table."""
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise CheckpointError(f"{folder}: no tokenizer ({', '.join(_TOKENIZER_FILES)}); copy it from the base model.")
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises Exception itself
+        raise CheckpointError(f"{folder}: its tokenizer does not load: {error}") from error
+    if len(tokenizer) > vocab:
+        raise CheckpointError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {vocab}; they do not belong together.")
+    return tokenizer
 
 
 def _load_head(source: Source, model: PreTrainedModel) -> SoftTokenHead | None:

@@ -51,7 +51,7 @@ def pack_linear_layers(model: nn.Module) -> int:
     """
     layers = [layer for layer in model.modules() if type(layer) is nn.Linear and packable(layer.weight)]
     layers = [layer for layer in layers if "forward" not in vars(layer)]
-    if not layers or not _agrees(layers[0]):
+    if not layers or not operators_agree():
         return 0
     for layer in layers:
         layer.forward = _forward(layer, packed_product(layer.weight, layer.bias))  # type: ignore[method-assign, assignment]
@@ -67,9 +67,11 @@ def _forward(layer: nn.Linear, product: Product) -> Product:
     return forward
 
 
-def _agrees(layer: nn.Linear) -> bool:
-    """The operators are not public: trust them only after they gave the right product once."""
-    inputs = torch.linspace(-1, 1, 3 * layer.in_features).reshape(3, layer.in_features)
+def operators_agree() -> bool:
+    """Whether the operators give the right product here; they are not public, so they are tried before they are trusted."""
+    inputs, weight, bias = torch.linspace(-1, 1, 96).reshape(3, 32), torch.linspace(-1, 1, 32 * 40).reshape(40, 32).sin(), torch.ones(40)
     with torch.inference_mode():
-        expected = nn.functional.linear(inputs, layer.weight, layer.bias)
-        return torch.allclose(packed_product(layer.weight, layer.bias)(inputs), expected, rtol=1e-4, atol=1e-4)
+        try:
+            return torch.allclose(packed_product(weight, bias)(inputs), nn.functional.linear(inputs, weight, bias), rtol=1e-4, atol=1e-4)
+        except (RuntimeError, TypeError, AttributeError):
+            return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +14,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
-from genembed import checkpoint
+from genembed import checkpoint, source
 from genembed.checkpoint import Loaded
 from genembed.engine import DEFAULT_BUDGET, Budget, Engine
-from genembed.errors import ConfigurationError, InputError
+from genembed.errors import ConfigurationError, GenembedWarning, InputError
 from genembed.halting import FixedSteps, HaltingRule
 from genembed.settings import ModelSettings
 from genembed.tokens import Tokenised, check_texts
@@ -165,14 +166,15 @@ class Embedder:
         self._warn_truncated(result, longest)
         return result
 
-    def similarity(self, queries: Float[np.ndarray, "queries hidden"], documents: Float[np.ndarray, "documents hidden"]) -> np.ndarray:
-        """Return the cosine of every query with every document, float32 `[queries, documents]`."""
+    def similarity(
+        self, queries: Float[np.ndarray, "*queries hidden"], documents: Float[np.ndarray, "*documents hidden"]
+    ) -> Float[np.ndarray, "queries documents"]:
+        """Return the cosine of every query with every document; a single vector counts as one row."""
         return np.asarray(_unit(queries) @ _unit(documents).T)
 
     def first_prompt(self, text: str, *, instruction: str | None = None) -> str:
         """Return the exact string the model reads for a text, special tokens included."""
-        ids = self.tokenizer([text], instruction).ids[0]
-        return str(self.tokenizer.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return self.tokenizer.prompt(text, instruction)
 
     def _rule(self, halt: HaltingRule | None, steps: int | None) -> HaltingRule:
         if halt is not None and steps is not None:
@@ -180,7 +182,7 @@ class Embedder:
         if halt is not None and not isinstance(halt, HaltingRule):
             raise ConfigurationError(f"halt={halt!r}: expected a halting rule such as ConvergeStop(threshold=0.998) or FixedSteps(20).")
         rule = FixedSteps(steps) if steps is not None else halt if halt is not None else self.settings.halt
-        self.settings.check_halt(rule)
+        self.backbone.check_halt(rule)
         return rule
 
     def _tokenise(self, texts: list[str], instruction: str | None, start: int, truncate: str) -> Tokenised:
@@ -188,7 +190,8 @@ class Embedder:
         if truncate == "error" and tokenised.truncated.any():
             row = int(tokenised.truncated.argmax())
             raise InputError(
-                f"row {start + row}: the text does not fit into {self.settings.max_length} tokens; shorten it, or allow truncate='right'."
+                f"row {start + row}: the text does not fit into {self.settings.max_length} tokens; shorten it, or allow truncate='right'.",
+                row=start + row,
             )
         return tokenised
 
@@ -209,7 +212,8 @@ class Embedder:
             warnings.warn(
                 f"{count} of {len(result.truncated)} texts were longer than {self.settings.max_length} tokens (the longest has {longest}) "
                 "and lost their end; see Refinement.truncated, or use truncate='error'.",
-                stacklevel=3,
+                GenembedWarning,
+                stacklevel=_callers_level(),
             )
 
 
@@ -238,8 +242,16 @@ def load(
         CheckpointError: If files are missing, pickled, or do not belong together.
         ConfigurationError: If the folder has no settings and no preset is given, or a value is unknown.
     """
-    source = checkpoint.resolve(path_or_id, adapter=adapter, preset=preset, offline=offline)
-    return Embedder(checkpoint.load(source, device=device, dtype=dtype))
+    found = source.resolve(path_or_id, adapter=adapter, preset=preset, offline=offline)
+    return Embedder(checkpoint.load(found, device=device, dtype=dtype))
+
+
+def _callers_level() -> int:
+    """Return the stack level of the first frame outside this file, so that a warning points at the user's line."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename == __file__:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -95,9 +95,11 @@ class Engine:
             first_row: Number of the first prompt in the caller's list; results and errors count from it.
 
         Raises:
+            ConfigurationError: If the model cannot follow the rule.
             NonFiniteError: If a vector is not finite or zero; the message has its row.
             OutOfMemoryError: If a single row does not fit.
         """
+        self.backbone.check_halt(halt)
         self._check_positions(prompts, halt)
         prefix = self._shared_prefix(prompts)
         shared = prefix.length if prefix is not None else 0
@@ -178,20 +180,25 @@ class _DecodeBatch:
         self.progress: Progress | None = None
         self.log = _StepLog(self.backbone, max_rows, job.halt.max_steps, job.keep_trajectory)
 
-    @torch.inference_mode()
     def run(self, waiting: list[int]) -> Iterator[Refined]:
         """Refine all waiting texts (longest first)."""
         waiting.reverse()
         while waiting or self.progress is not None:
-            if self._may_admit(len(waiting)):
-                self._admit(waiting)
-                yield from self._collect()
-                continue
-            assert self.progress is not None
-            assert self.rows is not None
-            self.progress, cosine = step(self.backbone, self.rows, self.progress)
-            self.log.record(self.progress, cosine)
-            yield from self._collect()
+            refined = self._turn(waiting)
+            if refined is not None:
+                yield refined
+
+    @torch.inference_mode()
+    def _turn(self, waiting: list[int]) -> Refined | None:
+        """Admit some texts, or refine all rows by one step; return the rows that are finished then."""
+        if self._may_admit(len(waiting)):
+            self._admit(waiting)
+            return self._collect()
+        assert self.progress is not None
+        assert self.rows is not None
+        self.progress, cosine = step(self.backbone, self.rows, self.progress)
+        self.log.record(self.progress, cosine)
+        return self._collect()
 
     def _may_admit(self, waiting: int) -> bool:
         if not waiting:
@@ -230,19 +237,21 @@ class _DecodeBatch:
         self.rows.admit(prompts)
         return self.rows.mean_hidden, self.rows.last_hidden[-len(prompts) :]
 
-    def _collect(self) -> Iterator[Refined]:
-        """Yield the rows the rule calls finished, and close the gaps they leave."""
+    def _collect(self) -> Refined | None:
+        """Take out the rows the rule calls finished, and close the gaps they leave."""
         assert self.progress is not None
         assert self.rows is not None
-        finished = self.halt(self.progress)
+        # The pool holds max_steps positions: a rule of a user's own that forgets its last step must not run on.
+        finished = self.halt(self.progress) | (self.progress.step >= self.halt.max_steps)
         if not bool(finished.any()):
-            return
-        yield self._finish(finished.nonzero()[:, 0])
+            return None
+        refined = self._finish(finished.nonzero()[:, 0])
         keep = surviving_order(finished)
         self.log.select(keep)
         if len(keep) or isinstance(self.rows, PackedRows):
             self.rows.select(keep)
         self.progress = self.progress.select(keep) if len(keep) else None
+        return refined
 
     def _finish(self, rows: Int[Tensor, "rows"]) -> Refined:
         assert self.progress is not None

@@ -18,6 +18,11 @@ class CheckpointError(GenembedError, ValueError):
 class InputError(GenembedError, ValueError):
     """A text that cannot be embedded; the message names its row."""
 
+    def __init__(self, message: str, *, row: int | None = None) -> None:
+        super().__init__(message)
+        self.row = row
+        """Position of the text in the caller's list; None if no single text is at fault."""
+
 
 class NonFiniteError(GenembedError, ArithmeticError):
     """A vector that came out non-finite or zero; the message names its row."""
@@ -25,6 +30,10 @@ class NonFiniteError(GenembedError, ArithmeticError):
 
 class OutOfMemoryError(GenembedError, MemoryError):
     """One single row does not fit into memory, so splitting the batch cannot help."""
+
+
+class GenembedWarning(UserWarning):
+    """Something the user should know and that is no error, such as texts that were cut."""
 
 
 class MissingExtraError(GenembedError, ImportError):

@@ -58,6 +58,7 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         """Check each value and the combinations that cannot work."""
+        self._check_types()
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigurationError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}.")
@@ -68,6 +69,23 @@ class ModelSettings:
         if self.tokens == "hard" and self.temperature != 1.0:
             raise ConfigurationError("temperature has no effect with tokens='hard': the likeliest token does not depend on it.")
         self.check_halt(self.halt)
+
+    def _check_types(self) -> None:
+        """Refuse values of another type, as a settings file may hold them."""
+        texts = {
+            "template": self.template,
+            "query_instruction": self.query_instruction or "",
+            "document_instruction": self.document_instruction or "",
+        }
+        for name, value in texts.items():
+            if not isinstance(value, str):
+                raise ConfigurationError(f"{name}={value!r}: a string is needed.")
+        if not isinstance(self.max_length, int):
+            raise ConfigurationError(f"max_length={self.max_length!r}: a whole number of tokens is needed.")
+        if self.special_tokens != "tokenizer" and not _is_pair_of_names(self.special_tokens):
+            raise ConfigurationError(
+                f"special_tokens={self.special_tokens!r}: 'tokenizer', or the names before and after a prompt, as [['[CLS]'], ['[SEP]']]."
+            )
 
     def check_halt(self, rule: HaltingRule) -> None:
         """Refuse a rule that this model cannot follow, with the reason.
@@ -114,6 +132,8 @@ class ModelSettings:
         try:
             if "pooling" in value:
                 value["pooling"] = Pooling(**value["pooling"])
+            if "halt" in value and not isinstance(value["halt"], Mapping):
+                raise ConfigurationError(f"halt={value['halt']!r}: an object is needed, such as {rule_to_json(GIRCSE.halt)}.")
             if "halt" in value:
                 value["halt"] = rule_from_json(value["halt"])
             if isinstance(value.get("special_tokens"), list):
@@ -122,6 +142,11 @@ class ModelSettings:
             return cls(**value)
         except (TypeError, ValueError) as error:
             raise ConfigurationError(f"{source}: {error}") from error
+
+
+def _is_pair_of_names(value: object) -> bool:
+    sides = value if isinstance(value, tuple) and len(value) == 2 else (None, None)
+    return all(isinstance(side, tuple) and all(isinstance(name, str) for name in side) for side in sides)
 
 
 GIRCSE = ModelSettings()

@@ -97,7 +97,7 @@ class PromptTokenizer:
         bodies = self._encode([head + text for text in texts]) if texts else []
         tail_ids = [*(self._encode([tail])[0] if tail else []), *self.after]
         room = self.max_length - len(self.before) - len(tail_ids)
-        if room < 1:
+        if room < 1 or (head and len(self._encode([head])[0]) >= room):
             raise InputError(f"the instruction leaves no room for a text: max_length is {self.max_length} tokens; shorten the instruction.")
         ids, truncated, longest = [], np.zeros(len(texts), dtype=np.bool_), 0
         for row, body in enumerate(bodies):
@@ -106,9 +106,15 @@ class PromptTokenizer:
             ids.append(np.asarray([*self.before, *body[:room], *tail_ids], dtype=np.int64))
             if not ids[-1].size:
                 raise InputError(
-                    f"row {first_row + row}: the text {texts[row]!r:.80} has no tokens, nothing to embed; drop it or use an instruction."
+                    f"row {first_row + row}: the text {texts[row]!r:.80} has no tokens, nothing to embed; drop it or use an instruction.",
+                    row=first_row + row,
                 )
         return Tokenised(ids, np.asarray([len(row_ids) for row_ids in ids], dtype=np.int64), truncated, longest)
+
+    def prompt(self, text: str, instruction: str | None = None) -> str:
+        """Return the exact string that is tokenised, with the special tokens that are put around it."""
+        names = self.tokenizer.convert_ids_to_tokens
+        return "".join([*names(self.before), self.template.apply(text, instruction), *names(self.after)])
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
@@ -146,7 +152,8 @@ def check_texts(texts: Sequence[str], *, first_row: int = 0) -> None:
         except UnicodeEncodeError as error:
             raise InputError(
                 f"row {row}: character {error.start} is a lone surrogate ({text[error.start]!r}), which is not valid Unicode; decode the "
-                "source again, or replace it: text.encode('utf-8', 'replace').decode()"
+                "source again, or replace it: text.encode('utf-8', 'replace').decode()",
+                row=row,
             ) from None
 
 

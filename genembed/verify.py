@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from genembed.backbone import Backbone
-from genembed.errors import ConfigurationError
+from genembed.errors import ConfigurationError, NonFiniteError
 from genembed.packed import PackedRows
 from genembed.rows import CachedRows
 from genembed.tokens import TokenBatch
@@ -24,12 +24,15 @@ def verify(backbone: Backbone) -> None:
     An architecture whose attention cannot be packed still works, in padded batches; that is announced by a warning.
 
     Raises:
+        NonFiniteError: If the weights give no finite states.
         ConfigurationError: If the model makes its logits in a way we do not reproduce.
     """
     vocab = len(backbone.table)
     prompts = [(torch.arange(length).numpy() + 7 * row) % vocab for row, length in enumerate(_LENGTHS)]
     batch = TokenBatch.pad(prompts, device=backbone.device)
     rows = CachedRows(backbone, batch)
+    if not bool(rows.last_hidden.isfinite().all()):
+        raise NonFiniteError("hidden states are not finite: the weights hold NaN or infinity, or overflow in this dtype.")
     if backbone.trained_head is None and backbone.causal:
         own = backbone.model(input_ids=batch.input_ids, attention_mask=batch.mask, position_ids=batch.positions).logits[:, -1]
         if not _close(backbone.head(rows.last_hidden), own):

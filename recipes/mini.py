@@ -27,13 +27,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from genembed.backbone import Backbone, SoftTokenHead
-from genembed.checkpoint import ADAPTER_CONFIG, HEAD_FILE, SETTINGS_FILE, Source, load, sha256, twin
+from genembed.checkpoint import load, twin
 from genembed.halting import ConvergeStop, FixedSteps
 from genembed.pooling import Pooling
 from genembed.prompt import LASER_TEMPLATE
 from genembed.refine import step
 from genembed.rows import CachedRows, prompt_mask
 from genembed.settings import ModelSettings
+from genembed.source import ADAPTER_CONFIG, HEAD_FILE, SETTINGS_FILE, Source, sha256
 from genembed.tokens import PromptTokenizer, TokenBatch
 from genembed.train.losses import refinement_regulariser, stepwise_contrastive
 

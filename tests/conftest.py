@@ -9,14 +9,12 @@ from pathlib import Path
 
 from jaxtyping import config, install_import_hook
 
-# Before the first import of the package: every annotated shape and type is checked while the tests run. All but the engine:
-# the check is a plain function around a generator, so that torch.inference_mode() no longer sees a generator and ends before
-# its first step.
+# Before the first import of the package: every annotated shape and type is checked while the tests run.
 _PACKAGE = Path(__file__).resolve().parents[1] / "genembed"
 _CHECKED = [
     ".".join(file.relative_to(_PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
     for file in sorted(_PACKAGE.rglob("*.py"))
-    if file.stem not in ("__init__", "engine")
+    if file.stem != "__init__"
 ]
 _HOOK = install_import_hook(_CHECKED, "beartype.beartype")
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import doubles
 from genembed import CheckpointError, ConfigurationError, Embedder, FixedSteps, GenembedError, ModelSettings, Pooling, load
-from genembed.checkpoint import sha256
 from genembed.settings import CAUSAL_EOS, LASER
+from genembed.source import sha256
 
 TEXTS = ["What is a business trip?", "x"]
 Folder = Callable[[str], Path]

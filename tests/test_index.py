@@ -70,6 +70,14 @@ def test_documents_are_embedded_under_the_instruction(bert: Embedder, tmp_path: 
     assert index.description.instruction == "Classify"
 
 
+def test_documents_are_embedded_under_the_models_own_instruction_if_none_is_given(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    model = load(folder_of("bert"))
+    model.settings = replace(model.settings, document_instruction="Represent", halt=FixedSteps(2))
+    index = Index.build(tmp_path / "x", model, PASSAGES[:1])
+    np.testing.assert_allclose(index.search(model.encode(TEXTS[0], instruction="Represent"))[0].score, 1.0, atol=1e-5)
+    assert index.description.instruction == "Represent"
+
+
 def test_another_model_is_refused_and_the_same_one_under_another_rule_is_not(built: Index, embedder_of: Callable[..., Embedder]) -> None:
     other = embedder_of("qwen2")
     with pytest.raises(ConfigurationError, match=r"made by the model '.*bert' \(32 dimensions\); those of '.*qwen2'.* --overwrite"):
@@ -78,7 +86,10 @@ def test_another_model_is_refused_and_the_same_one_under_another_rule_is_not(bui
     built.check(load(folder))
 
 
-def test_changed_weights_and_changed_settings_change_the_fingerprint(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_changed_weights_and_changed_settings_change_the_fingerprint(
+    folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(genembed.index, "_SAMPLE_BYTES", 16)
     folder = shutil.copytree(folder_of("bert"), tmp_path / "bert")
     first = load(folder)
     known = fingerprint(first)

@@ -15,7 +15,7 @@ LAYERS = (
     ("halting", "prompt", "soft_token"),
     ("pooling",),
     ("settings",),
-    ("tokens",),
+    ("tokens", "source"),
     ("attention", "cpu"),
     ("rows", "packed"),
     ("backbone",),

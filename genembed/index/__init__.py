@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -17,12 +16,12 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from genembed.checkpoint import BUILTIN
 from genembed.embedder import Embedder, Refinement
 from genembed.errors import CheckpointError, ConfigurationError, InputError, missing_extra
 from genembed.files import replacing
 from genembed.halting import HaltingRule
 from genembed.index.passages import Passage, docstring_passage, read_passages
+from genembed.source import BUILTIN
 
 try:
     import lancedb
@@ -227,8 +226,8 @@ def _naming(passages: Sequence[Passage]) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        row = re.match(r"row (\d+):", str(error))
-        raise InputError(f"{passages[int(row[1])].reference}: {error}" if row else str(error)) from error
+        where = "" if error.row is None else f"{passages[error.row].reference}: "
+        raise InputError(f"{where}{error}", row=error.row) from error
 
 
 def _name(embedder: Embedder) -> str:

