@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import genembed
-from genembed.errors import ConfigurationError, GenembedError, InputError, missing_extra
+from genembed.errors import ConfigurationError, GenembedError, GenembedWarning, InputError, missing_extra
 
 try:
     import typer
@@ -293,7 +293,7 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.filterwarnings("always", module=r"genembed(\.|$)")
+            warnings.simplefilter("always", GenembedWarning)
             warnings.showwarning = _show_warning
             return typer.main.get_command(app).main(args=arguments or ["--help"], prog_name="genembed", standalone_mode=False) or 0
     except GenembedError as error:

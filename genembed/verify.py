@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from genembed.backbone import Backbone
-from genembed.errors import ConfigurationError, NonFiniteError
+from genembed.errors import ConfigurationError, GenembedWarning, NonFiniteError
 from genembed.packed import PackedRows
 from genembed.rows import CachedRows
 from genembed.tokens import TokenBatch
@@ -44,6 +44,7 @@ def verify(backbone: Backbone) -> None:
     if not backbone.packable:
         warnings.warn(
             f"{type(backbone.model).__name__} does not let texts be packed into one row: padded batches are used, which is slower.",
+            GenembedWarning,
             stacklevel=2,
         )
 
