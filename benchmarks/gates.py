@@ -121,7 +121,7 @@ def distinct_tokens(model: Embedder, texts: list[str]) -> list[float]:
     """Return, for each step, the number of different likeliest tokens over the number of texts."""
     backbone, likeliest = model.backbone, []
     for start in range(0, len(texts), 50):
-        batch = TokenBatch.pad(model.tokenizer(texts[start : start + 50]).ids)
+        batch = TokenBatch.pad(model.tokenizer(texts[start : start + 50]).ids, device=backbone.device)
         rows = CachedRows(backbone, batch)
         progress = model.settings.pooling.start(batch.index, rows.last_hidden, rows.mean_hidden, window=0)
         tokens = []

@@ -45,8 +45,8 @@ __all__ = [
     "load",
 ]
 
-_HOMES = ("errors", "embedder", "engine", "halting", "pooling", "settings")
-"""Modules of the public names, the light one first."""
+_HOMES = ("errors", "halting", "pooling", "settings", "engine", "embedder")
+"""Modules of the public names, the light ones first."""
 
 if not TYPE_CHECKING:  # a type checker would take it as leave to use any name
 

@@ -38,10 +38,11 @@ def attention(
 ) -> tuple[Float[Tensor, "batch length heads head_dim"], None]:
     """Attend within a padded batch, or within each text of packed rows."""
     softcap, scaling = kwargs.pop("softcap", None), kwargs.get("scaling")
+    for name in _UNSUPPORTED:
+        # SDPA ignores them without a word, and the states would be wrong.
+        if kwargs.get(name) is not None:
+            raise ConfigurationError(f"{type(module).__name__} uses {name} in its attention, which genembed cannot do; use another model.")
     if packed is not None:
-        for name in _UNSUPPORTED:
-            if kwargs.get(name) is not None:
-                raise ConfigurationError(f"{type(module).__name__} uses {name} in its attention, which packed rows cannot do.")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         layer = cast("int", module.layer_idx)
         return packed.attend(layer, query[0], key[0], value[0], scale, kwargs.get("sliding_window"), softcap)[None], None
@@ -74,11 +75,17 @@ def attend(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if softcap is None:
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    # Scaled before the product, which could overflow half precision.
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)
     scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-    return torch.softmax(scores, dim=-1) @ value
+    return wide_softmax(scores) @ value
+
+
+def wide_softmax(scores: Float[Tensor, "*batch keys"]) -> Float[Tensor, "*batch keys"]:
+    """Softmax over the last dimension in at least float32, as fused attention takes it; the result has the dtype of `scores`."""
+    return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
 
 
 def _causal(query: Tensor, key: Tensor) -> Tensor:

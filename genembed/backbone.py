@@ -108,6 +108,11 @@ class Backbone:
         self.has_head = has_head
         table: Tensor = self.embedding.weight  # type: ignore[assignment]
         self.head = LogitHead(table, bias=head.bias, transform=head) if head is not None else LogitHead.of(model)
+        if table.shape[1] != self.hidden_size:
+            raise ConfigurationError(
+                f"{type(model).__name__}: its input embeddings have {table.shape[1]} dimensions and its states {self.hidden_size}; a soft "
+                "token cannot be read as an input."
+            )
         self.embedding_scale = _embedding_scale(self.embedding)
         self.packable = True
         for part in {id(self.base): self.base, id(self.stepper): self.stepper}.values():
@@ -166,7 +171,7 @@ class Backbone:
         self.settings.check_halt(rule)
         if rule.max_steps > 0 and not self.has_head:
             raise ConfigurationError(
-                f"halt={rule}: this encoder has no trained soft-token head, so it can only be read in one pass: FixedSteps(0)."
+                f"halt={rule}: the model has no trained head to generate soft tokens with, so it is read in one pass: FixedSteps(0)."
             )
 
     def embed(self, input_ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch hidden"]:
@@ -228,7 +233,10 @@ class Backbone:
         return embeddings if self.embedding_scale == 1.0 else embeddings * self.embedding_scale
 
     def pack_weights(self) -> None:
-        """Make float32 inference on CPU faster at the price of a second copy of the weights; changes nothing elsewhere."""
+        """Make float32 inference on CPU faster; changes nothing elsewhere.
+
+        The price is memory: a second copy of the linear layers, and two more of the vocabulary's table (as head, and transposed).
+        """
         for part in {id(self.base): self.base, id(self.stepper): self.stepper}.values():
             cpu.pack_linear_layers(part)
         if self.has_head and cpu.packable(self.head.weight) and cpu.operators_agree():
@@ -272,7 +280,7 @@ def _embedding_scale(embedding: nn.Module) -> float:
     table: Tensor = embedding.weight  # type: ignore[assignment]
     ids = torch.arange(min(8, len(table)), device=table.device)
     with torch.no_grad():
-        rows, output = table[ids].double(), embedding(ids).double()
+        rows, output = table[ids].cpu().double(), embedding(ids).cpu().double()  # not every device has float64
         scale = float((rows * output).sum() / (rows * rows).sum().clamp_min(1e-300))
         if not torch.allclose(output, rows * scale, rtol=1e-2, atol=1e-6):
             raise ConfigurationError(

@@ -27,20 +27,6 @@ from genembed.verify import verify
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-_OTHER_ENCODERS = (
-    "albert",
-    "camembert",
-    "data2vec-text",
-    "deberta",
-    "deberta-v2",
-    "distilbert",
-    "electra",
-    "mpnet",
-    "roberta",
-    "roformer",
-    "xlm-roberta",
-)
-"""Encoders whose positions or heads are made in ways of their own; read as BERT they would be silently wrong."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +68,7 @@ def _load_model(source: Source, dtype: torch.dtype | str) -> tuple[PreTrainedMod
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder}: its config.json is not one this Transformers version knows: {error}") from error
-    if config.model_type in _OTHER_ENCODERS:
+    if config.model_type != "bert" and getattr(config, "is_decoder", None) is False:
         raise ConfigurationError(f"{folder}: {config.model_type} encoders are not supported (BERT is); use a causal language model.")
     if config.model_type == "bert":
         _check_encoder(source)
@@ -98,7 +84,7 @@ def _load_model(source: Source, dtype: torch.dtype | str) -> tuple[PreTrainedMod
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: the weights do not load: {error}") from error
     model: PreTrainedModel = loaded[0]
     return model, _check_report(loaded[1], model, source)
@@ -164,8 +150,11 @@ def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
         raise CheckpointError(
             f"{adapter}: does not fit the base model {model.config.name_or_path!r}: {len(odd)} weights have no counterpart, first {odd[0]}."
         )
-    with _quiet():
-        return peft_model.merge_and_unload()  # type: ignore[no-any-return]
+    try:
+        with _quiet():
+            return peft_model.merge_and_unload()  # type: ignore[no-any-return]
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        raise CheckpointError(f"{adapter}: this kind of adapter cannot be merged into the weights; use LoRA. ({error})") from error
 
 
 def _load_tokenizer(folder: Path, vocab: int) -> Any:

@@ -177,7 +177,7 @@ def embed(
         records = list(_with_bar(read_texts(source, **asdict(reading)), "reading"))
         embedder = loading.load(model)
         begin = time.perf_counter()
-        with _naming(source):
+        with _naming(source, records):
             done = refining.refine(embedder, [record.text for record in records], instruction=None)
         seconds = time.perf_counter() - begin
         write(VectorRows([record.id for record in records], done.vectors, done.steps, done.truncated))
@@ -324,12 +324,12 @@ def _genembed(version: Annotated[bool, typer.Option("--version", help="Print the
 
 
 @contextmanager
-def _naming(source: str) -> Iterator[None]:
-    """Say which file the row of an error belongs to."""
+def _naming(source: str, records: Sequence[Any]) -> Iterator[None]:
+    """Say which line of which file the row of an error is."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{source}: {error}") from error
+        raise InputError(f"{source}{'' if error.row is None else f', line {records[error.row].line}'}: {error}") from error
 
 
 def _with_bar(items: Iterable[Item], action: str) -> Iterator[Item]:

@@ -59,8 +59,11 @@ def pack_linear_layers(model: nn.Module) -> int:
 
 
 def _forward(layer: nn.Linear, product: Product) -> Product:
+    version = layer.weight._version
+
     def forward(inputs: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
+        # The packed copy is of no use for gradients, nor once the weight has been changed in place.
+        if torch.is_grad_enabled() or layer.weight._version != version:
             return nn.functional.linear(inputs, layer.weight, layer.bias)
         return product(inputs)
 

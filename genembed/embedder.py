@@ -179,7 +179,7 @@ class Embedder:
     def _rule(self, halt: HaltingRule | None, steps: int | None) -> HaltingRule:
         if halt is not None and steps is not None:
             raise ConfigurationError(f"halt={halt} and steps={steps} both say when to stop; give one of them.")
-        if halt is not None and not isinstance(halt, HaltingRule):
+        if halt is not None and (isinstance(halt, type) or not isinstance(halt, HaltingRule)):
             raise ConfigurationError(f"halt={halt!r}: expected a halting rule such as ConvergeStop(threshold=0.998) or FixedSteps(20).")
         rule = FixedSteps(steps) if steps is not None else halt if halt is not None else self.settings.halt
         self.backbone.check_halt(rule)
@@ -225,6 +225,7 @@ def load(
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
     offline: bool = False,
+    budget: Budget = DEFAULT_BUDGET,
 ) -> Embedder:
     """Load a model: a built-in one (`mini`), a folder, or a hub id; with or without a LoRA adapter.
 
@@ -237,13 +238,14 @@ def load(
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
         dtype: `auto` (float32 on CPU, the checkpoint's own elsewhere), `float32`, `float64`, `bfloat16`, `float16`.
         offline: Never touch the network; hub ids must be in the local cache.
+        budget: How much is worked on at once; larger on an accelerator, smaller where memory is short.
 
     Raises:
         CheckpointError: If files are missing, pickled, or do not belong together.
         ConfigurationError: If the folder has no settings and no preset is given, or a value is unknown.
     """
     found = source.resolve(path_or_id, adapter=adapter, preset=preset, offline=offline)
-    return Embedder(checkpoint.load(found, device=device, dtype=dtype))
+    return Embedder(checkpoint.load(found, device=device, dtype=dtype), budget=budget)
 
 
 def _callers_level() -> int:

@@ -35,6 +35,8 @@ class Budget:
     """Texts share a decode batch if the longest is at most this much longer than the shortest."""
     min_prefix: int = 4
     """Shared leading tokens below this number are not worth a cache of their own."""
+    pack_weights: bool = True
+    """On CPU in float32, keep a packed copy of the weights: faster, for the memory of the copy."""
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -81,7 +83,8 @@ class Engine:
     def __init__(self, backbone: Backbone, budget: Budget = DEFAULT_BUDGET) -> None:
         self.backbone = backbone
         self.budget = budget
-        backbone.pack_weights()
+        if budget.pack_weights:
+            backbone.pack_weights()
 
     def run(
         self, prompts: Sequence[TokenIds], halt: HaltingRule, *, keep_trajectory: bool = False, first_row: int = 0
@@ -141,7 +144,12 @@ class Engine:
         length = common_prefix(prompts)
         if length < self.budget.min_prefix:
             return None
-        return PackedRows(self.backbone, max_rows=1, max_tokens=length).share(prompts[0][:length])
+        try:
+            return PackedRows(self.backbone, max_rows=1, max_tokens=length).share(prompts[0][:length])
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            return None  # every row then reads it for itself, in batches that are split until they fit
 
     def _check_positions(self, prompts: Sequence[TokenIds], halt: HaltingRule) -> None:
         limit = self.backbone.max_positions
@@ -215,7 +223,7 @@ class _DecodeBatch:
         taken: list[int] = []
         tokens = 0
         while waiting and present + len(taken) < self.max_rows:
-            length = len(self.prompts[waiting[-1]]) - self.job.prefix_length
+            length = len(self.prompts[waiting[-1]])  # a shared prefix is not read again, but every row attends to it
             if taken and tokens + length > self.budget.prefill_tokens:
                 break
             taken.append(waiting.pop())
@@ -333,4 +341,4 @@ def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+    return any(sign in text for sign in ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed"))

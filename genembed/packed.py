@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from genembed.attention import attend
+from genembed.attention import attend, wide_softmax
 from genembed.tokens import TokenIds
 
 if TYPE_CHECKING:
@@ -74,11 +74,6 @@ class PackedRows:
         """Rows in the batch now."""
         return self.lengths.shape[0]
 
-    @property
-    def room(self) -> int:
-        """Rows that can be admitted now."""
-        return self.max_rows - len(self)
-
     def admit(self, prompts: Sequence[TokenIds]) -> None:
         """Read prompts (longest first, so that equal lengths are neighbours) and add them behind the present rows.
 
@@ -129,6 +124,8 @@ class PackedRows:
         softcap: float | None,
     ) -> Float[Tensor, "tokens heads head_dim"]:
         """Attend within each text; called by every layer of the backbone."""
+        if not self.backbone.causal:
+            sliding_window = None  # a prompt that sees all of itself has no window, and neither has the reference loop
         if self._groups is not None:
             return self._attend_prompts(layer, query, key, value, scale, sliding_window, softcap)
         return self._attend_step(layer, query, key, value, scale, sliding_window, softcap)
@@ -209,16 +206,17 @@ class PackedRows:
         self, layer: int, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
         """Attend to the shared prefix as one product for all rows, to each row's own tokens row by row; one softmax over both."""
-        own = q @ keys.transpose(-1, -2) * scale
+        q = q * scale  # before the products, which could overflow half precision
+        own = q @ keys.transpose(-1, -2)
         prefix, shared = self.prefix, q.new_empty(*q.shape[:3], 0)
         if prefix is not None:
             by_head = q.transpose(0, 1).flatten(1, 2)
-            shared = (by_head @ prefix.keys[layer].transpose(-1, -2) * scale).unflatten(1, (len(q), -1)).transpose(0, 1)
+            shared = (by_head @ prefix.keys[layer].transpose(-1, -2)).unflatten(1, (len(q), -1)).transpose(0, 1)
         scores = torch.cat([shared, own], dim=-1)
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         scores = self._hide(scores, window)
-        weights = torch.softmax(scores, dim=-1)
+        weights = wide_softmax(scores)
         out = weights[..., self.prefix_length :] @ values
         if prefix is not None:
             on_prefix = weights[..., : self.prefix_length].transpose(0, 1).flatten(1, 2)

@@ -38,6 +38,8 @@ class Pooling:
             raise ConfigurationError(f"pooling={self.kind!r}: choose generated, last or mean.")
         if self.pool_prompt_state and self.kind != "generated":
             raise ConfigurationError(f"pool_prompt_state=True has no effect with pooling={self.kind!r}; leave it out.")
+        if self.prompt_weight != 1.0 and self.kind != "mean":
+            raise ConfigurationError(f"prompt_weight={self.prompt_weight} has no effect with pooling={self.kind!r}; leave it out.")
         if self.kind == "mean" and not self.prompt_weight > 0:
             raise ConfigurationError(
                 f"prompt_weight={self.prompt_weight!r}: must be positive; for a weight of zero use pooling='generated'."

@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from genembed.backbone import Backbone
-from genembed.halting import Progress
+from genembed.errors import ConfigurationError
+from genembed.halting import FixedSteps, Progress
 from genembed.rows import CachedRows, RecomputedRows, Rows
 from genembed.tokens import TokenBatch
 
@@ -42,7 +43,13 @@ def refine(
 
     Returns:
         Unit vectors z_1 .. z_K of each row.
+
+    Raises:
+        ConfigurationError: If `steps` is below 1, or the model cannot generate.
     """
+    if steps < 1:
+        raise ConfigurationError(f"steps={steps}: at least one refinement step is needed.")
+    backbone.check_halt(FixedSteps(steps))
     rows: CachedRows | RecomputedRows = CachedRows(backbone, batch) if cached else RecomputedRows(backbone, batch)
     progress = backbone.settings.pooling.start(batch.index, rows.last_hidden, rows.mean_hidden, window=0)
     trajectory = []

@@ -46,8 +46,9 @@ class ModelSettings:
     """Instruction of `encode_query` when a call names none."""
     document_instruction: str | None = None
     """Instruction of `encode_document` when a call names none."""
-    special_tokens: Literal["tokenizer"] | tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
-    """Tokens before and after the prompt, by name; or `tokenizer`: the ones the tokenizer itself adds."""
+    special_tokens: Literal["tokenizer", "eos"] | tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    """Tokens before and after the prompt, by name; or `tokenizer`: the ones the tokenizer itself adds; or
+    `eos`: the tokenizer's end-of-sequence token after the prompt."""
     padding_side: Literal["left", "right"] = "left"
     """Side of the padding in the reference loop; positions are explicit, so vectors do not depend on it."""
     max_length: int = 512
@@ -82,9 +83,9 @@ class ModelSettings:
                 raise ConfigurationError(f"{name}={value!r}: a string is needed.")
         if not isinstance(self.max_length, int):
             raise ConfigurationError(f"max_length={self.max_length!r}: a whole number of tokens is needed.")
-        if self.special_tokens != "tokenizer" and not _is_pair_of_names(self.special_tokens):
+        if self.special_tokens not in ("tokenizer", "eos") and not _is_pair_of_names(self.special_tokens):
             raise ConfigurationError(
-                f"special_tokens={self.special_tokens!r}: 'tokenizer', or the names before and after a prompt, as [['[CLS]'], ['[SEP]']]."
+                f"special_tokens={self.special_tokens!r}: 'tokenizer', 'eos', or names before and after, as [['[CLS]'], ['[SEP]']]."
             )
 
     def check_halt(self, rule: HaltingRule) -> None:
@@ -162,8 +163,8 @@ LASER = replace(
 """LaSER as its quick start runs it: the tokenizer's own special tokens; 3 'thinking steps' are the prompt's last state and
 two generated ones."""
 
-CAUSAL_EOS = replace(GIRCSE, pooling=Pooling(kind="last"), halt=FixedSteps(0))
-"""The one-pass baseline of the paper: the last token's state, causal attention."""
+CAUSAL_EOS = replace(GIRCSE, special_tokens="eos", pooling=Pooling(kind="last"), halt=FixedSteps(0))
+"""The one-pass baseline of the paper: the state of an end-of-sequence token, causal attention."""
 
 BIDIRECTIONAL_AVG = replace(GIRCSE, attention="bidirectional", pooling=Pooling(kind="mean"), halt=FixedSteps(0))
 """The one-pass baseline of the paper: the mean of the prompt's states, bidirectional attention."""

@@ -18,6 +18,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 BUILTIN = ("mini",)
 """Names of the models that come with the package."""
 
+_HUB_DOUBLES = ["consolidated*", "*/*"]
+"""The same weights once more, in another layout."""
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
@@ -78,11 +80,11 @@ def _folder(path_or_id: str | Path, *, offline: bool) -> Path:
 
 def _download(repo_id: str, *, offline: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES, local_files_only=offline))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DOUBLES, local_files_only=offline))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         way_out = (
             "load it once without offline=True, or pass a local folder"
             if offline

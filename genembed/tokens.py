@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ TokenIds = np.ndarray[Any, np.dtype[np.int64]]
 """Token ids of one prompt, `Int[prompt]`."""
 
 _PROBE = "a"
+_SLICE = 256
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,14 @@ class PromptTokenizer:
             InputError: If a text cannot be encoded as UTF-8 or has no token at all; the message has its row.
         """
         check_texts(texts, first_row=first_row)
+        _check_instruction(instruction)
         head, tail = self.template.around(instruction)
-        bodies = self._encode([head + text for text in texts]) if texts else []
         tail_ids = [*(self._encode([tail])[0] if tail else []), *self.after]
         room = self.max_length - len(self.before) - len(tail_ids)
         if room < 1 or (head and len(self._encode([head])[0]) >= room):
             raise InputError(f"the instruction leaves no room for a text: max_length is {self.max_length} tokens; shorten the instruction.")
         ids, truncated, longest = [], np.zeros(len(texts), dtype=np.bool_), 0
-        for row, body in enumerate(bodies):
+        for row, body in enumerate(self._bodies(head, texts)):
             truncated[row] = len(body) > room
             longest = max(longest, len(body) + self.max_length - room)
             ids.append(np.asarray([*self.before, *body[:room], *tail_ids], dtype=np.int64))
@@ -110,6 +111,11 @@ class PromptTokenizer:
                     row=first_row + row,
                 )
         return Tokenised(ids, np.asarray([len(row_ids) for row_ids in ids], dtype=np.int64), truncated, longest)
+
+    def _bodies(self, head: str, texts: Sequence[str]) -> Iterator[list[int]]:
+        """Yield each text's ids, a slice of the texts at a time: uncut long texts do not pile up in memory."""
+        for start in range(0, len(texts), _SLICE):
+            yield from self._encode([head + text for text in texts[start : start + _SLICE]])
 
     def prompt(self, text: str, instruction: str | None = None) -> str:
         """Return the exact string that is tokenised, with the special tokens that are put around it."""
@@ -122,6 +128,8 @@ class PromptTokenizer:
     def _special_ids(self, settings: ModelSettings) -> tuple[list[int], list[int]]:
         if settings.special_tokens == "tokenizer":
             return self._read_off()
+        if settings.special_tokens == "eos":
+            return [], [self._id(str(self.tokenizer.eos_token))]
         before, after = settings.special_tokens
         return [self._id(token) for token in before], [self._id(token) for token in after]
 
@@ -155,6 +163,18 @@ def check_texts(texts: Sequence[str], *, first_row: int = 0) -> None:
                 "source again, or replace it: text.encode('utf-8', 'replace').decode()",
                 row=row,
             ) from None
+
+
+def _check_instruction(instruction: str | None) -> None:
+    """Refuse an instruction that is not text."""
+    if instruction is not None and not isinstance(instruction, str):
+        raise TypeError(f"instruction: expected a string, got {type(instruction).__name__}: {instruction!r:.80}")
+    try:
+        (instruction or "").encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the instruction is not valid Unicode (a lone surrogate at character {error.start}); decode its source again."
+        ) from None
 
 
 def common_prefix(prompts: Sequence[TokenIds]) -> int:

@@ -75,7 +75,9 @@ class Recipe:
 
     seed: int = 0
     minutes: float = 60.0
-    """Wall-clock time of the training loop."""
+    """Wall-clock time of the training loop, which sets the schedule unless `updates` does."""
+    updates: int = 0
+    """Updates of the training loop; with a number above 0 the same seed gives the same run on the same machine."""
     batch_tokens: int = 2_560
     """Queries times longest prompt: long documents come in smaller batches."""
     max_queries: int = 32
@@ -95,7 +97,7 @@ class Recipe:
     """Of the soft-token head: at the adapter's rate it forgot its start within thirty steps, and every text spoke the same token."""
     warmup_share: float = 0.05
     lora_rank: int = 16
-    prompt_weight: float = 30.0
+    prompt_weight: float = 15.0
     """Weight of the prompt's mean state against one generated state."""
     soft_token_temperature: float = 1.0
 
@@ -106,7 +108,7 @@ def settings_of(recipe: Recipe) -> ModelSettings:
         attention="prefix",
         pooling=Pooling(kind="mean", prompt_weight=recipe.prompt_weight),
         temperature=recipe.soft_token_temperature,
-        halt=ConvergeStop(threshold=0.9995, max_steps=recipe.max_steps),
+        halt=ConvergeStop(threshold=0.9998, max_steps=recipe.max_steps),
         template=LASER_TEMPLATE,
         special_tokens=(("[CLS]",), ("[SEP]",)),
         max_length=256,
@@ -289,7 +291,7 @@ def train(recipe: Recipe, data: Path, output: Path) -> Trainable:
     output.mkdir(parents=True, exist_ok=True)
     started = saved = time.monotonic()
     for number, batch in enumerate(stream):
-        share = (time.monotonic() - started) / (60 * recipe.minutes)
+        share = number / recipe.updates if recipe.updates else (time.monotonic() - started) / (60 * recipe.minutes)
         if share >= 1:
             break
         for group in optimizer.param_groups:

@@ -46,7 +46,7 @@ def last_states(model: Any) -> np.ndarray:
     """Return what the causal-eos preset has to give, from a Transformers or PEFT model itself."""
     rows = []
     for text in TEXTS:
-        ids = torch.tensor([doubles.tokenizer()(text, add_special_tokens=False)["input_ids"]])
+        ids = torch.tensor([[*doubles.tokenizer()(text, add_special_tokens=False)["input_ids"], doubles.tokenizer().eos_token_id]])
         state = model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
         rows.append(torch.nn.functional.normalize(state, dim=0).detach().numpy())
     return np.stack(rows)
@@ -93,7 +93,7 @@ def test_an_adapter_folder_finds_its_base_and_equals_peft(folder: Path, adapter:
 def test_the_base_can_be_named_beside_the_adapter(folder: Path, tmp_path: Path) -> None:
     """Published adapters name the base by hub id, or by a path on their author's machine."""
     astray = doubles.save_adapter(folder, tmp_path / "astray", named="/nowhere/at/all")
-    with pytest.raises(CheckpointError, match=r"its base model '/nowhere/at/all' cannot be found; name the base.*: load\(base, adap"):
+    with pytest.raises(CheckpointError, match=r"its base model '/nowhere/at/all' cannot be found; use load\(base, adap"):
         load(astray, preset="gircse")
     named = doubles.save_adapter(folder, tmp_path / "named")
     np.testing.assert_array_equal(encode(folder, adapter=astray, preset="gircse"), encode(named, preset="gircse"))

@@ -191,7 +191,9 @@ def test_odd_texts_are_embedded_and_long_ones_are_announced_as_cut(run: Run, mod
     np.testing.assert_allclose(np.linalg.norm(table["vector"], axis=1), 1.0, atol=1e-5)
     assert table["truncated"] == [False] * 4 + [True] * 2
     refused(
-        run("embed", tmp_path / "t.jsonl", "-o", tmp_path / "w.npy", "-m", model, "--truncate", "error"), "t.jsonl: row 4: ", "64 tokens"
+        run("embed", tmp_path / "t.jsonl", "-o", tmp_path / "w.npy", "-m", model, "--truncate", "error"),
+        "t.jsonl, line 5: row 4: ",
+        "64 tokens",
     )
     assert not (tmp_path / "w.npy").exists()
 
@@ -204,7 +206,7 @@ def test_a_text_that_cannot_be_embedded_is_refused_with_its_row(
     run: Run, folder_of: Callable[[str], Path], tmp_path: Path, text: str, family: str, fragments: Sequence[str]
 ) -> None:
     (tmp_path / "t.jsonl").write_text(f'{{"text": "fine"}}\n{{"text": {text}}}\n')
-    refused(run("embed", tmp_path / "t.jsonl", "-o", tmp_path / "v.npy", "-m", folder_of(family)), "t.jsonl: row 1: ", *fragments)
+    refused(run("embed", tmp_path / "t.jsonl", "-o", tmp_path / "v.npy", "-m", folder_of(family)), "t.jsonl, line 2: row 1: ", *fragments)
     assert [path.name for path in tmp_path.iterdir()] == ["t.jsonl"]
 
 

@@ -118,3 +118,13 @@ def test_packing_twice_changes_nothing() -> None:
 
     before = [refined.vectors.tolist() for refined in first.run(prompts, FixedSteps(2))]
     assert [refined.vectors.tolist() for refined in second.run(prompts, FixedSteps(2))] == before
+
+
+@needs_packing
+def test_a_weight_that_is_changed_in_place_is_seen() -> None:
+    """The packed copy would go on with the old one."""
+    model, inputs = small_model(), torch.randn(3, 48)
+    cpu.pack_linear_layers(model)
+    with torch.no_grad():
+        model[0].weight.zero_()
+        torch.testing.assert_close(model(inputs), model[2](torch.nn.functional.gelu(model[0].bias)).expand(3, -1))

@@ -11,10 +11,12 @@ import pytest
 
 import doubles
 from genembed import (
+    CheckpointError,
     ConfigurationError,
     ConvergeStop,
     Embedder,
     FixedSteps,
+    GenembedWarning,
     InputError,
     ModelSettings,
     Pooling,
@@ -254,3 +256,20 @@ def test_prefix_attention_and_prompt_pooling_work_from_text_to_vector(embedder_o
     for vector, text in zip(vectors, [*TEXTS[:3], ""], strict=True):
         expected = doubles.alone(embedder.backbone, embedder.tokenizer([text]).ids[0], 4)[4]
         np.testing.assert_allclose(vector, expected, atol=2e-7)
+
+
+@pytest.mark.usefixtures("untyped_caller")
+def test_the_class_of_a_rule_is_no_rule(embedder_of: Callable[..., Embedder]) -> None:
+    with pytest.raises(ConfigurationError, match="expected a halting rule such as"):
+        embedder_of("qwen2").encode(["x"], halt=FixedSteps)
+
+
+def test_the_warning_about_cut_texts_points_at_the_callers_line(embedder_of: Callable[..., Embedder]) -> None:
+    with pytest.warns(GenembedWarning, match="lost their end") as caught:
+        embedder_of("qwen2").encode_query(["word " * 3000], steps=1)
+    assert caught[0].filename == __file__
+
+
+def test_a_repository_name_that_cannot_be_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="not found"):
+        load("foo/bar baz")

@@ -182,7 +182,6 @@ def test_a_file_of_rows_gives_one_passage_for_each(tmp_path: Path) -> None:
     rows.write_text('\n{"text": "three", "id": "c"}\n')
     assert list(read_passages([lines, rows])) == [
         Passage("one", f"{lines}:1", "one"),
-        Passage("", f"{lines}:2", ""),
         Passage("two", f"{lines}:3", "two"),
         Passage("three", f"{rows}:2", "three"),
     ]

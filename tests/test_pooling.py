@@ -112,3 +112,8 @@ def test_only_plain_generated_pooling_needs_a_step() -> None:
         False,
         False,
     ]
+
+
+def test_a_prompt_weight_without_effect_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"prompt_weight=30\.0 has no effect with pooling='last'"):
+        Pooling(kind="last", prompt_weight=30.0)

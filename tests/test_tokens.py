@@ -149,3 +149,21 @@ def test_a_wrong_shape_is_found_by_the_checks_of_the_test_run() -> None:
 
     with pytest.raises(TypeCheckError):
         soft_token(torch.zeros(2, 5), torch.zeros(4, 3))
+
+
+def test_an_instruction_that_is_not_text_is_refused() -> None:
+    with pytest.raises(InputError, match="the instruction has a lone surrogate at character 2"):
+        made()(["x"], "ab\udcff")
+
+
+@pytest.mark.usefixtures("untyped_caller")
+def test_an_instruction_of_another_type_is_refused() -> None:
+    with pytest.raises(TypeError, match="instruction: expected a string, got int: 3"):
+        made()(["x"], 3)  # type: ignore[arg-type]
+
+
+def test_many_texts_are_tokenised_as_one_by_one() -> None:
+    """They are tokenised in slices."""
+    texts = [f"text {number}" for number in range(600)]
+    together = made()(texts)
+    assert [ids.tolist() for ids in together.ids] == [made()([text]).ids[0].tolist() for text in texts]

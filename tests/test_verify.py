@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers.models.qwen2 import modeling_qwen2
 
@@ -108,3 +109,27 @@ def test_a_model_that_makes_its_logits_in_an_unknown_way_is_refused(name: str) -
     model.forward = altered
     with pytest.raises(ConfigurationError, match=r"LlamaForCausalLM makes its logits in a way genembed does not know .*open an issue"):
         verify(Backbone(model, doubles.settings_of("llama")))
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def built(kind: str, **changes: Any) -> Any:
+    config = transformers.AutoConfig.for_model(kind, **SIZES, **changes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for weight in model.parameters():
+        weight.normal_(0, 0.3)
+    return model
+
+
+def test_attention_sinks_are_refused_not_dropped() -> None:
+    """SDPA ignores them without a word: logits were off by more than their own size, announced as 'slower'."""
+    model = built("gpt_oss", num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
+    with pytest.raises(ConfigurationError, match="uses s_aux in its attention, which genembed cannot do"):
+        verify(Backbone(model, doubles.settings_of("qwen2")))
+
+
+def test_an_encoder_is_not_taken_for_a_causal_language_model() -> None:
+    """Ernie reads both ways unless it is told to be a decoder."""
+    with pytest.raises(ConfigurationError, match="lets a token see later ones"):
+        verify(Backbone(built("ernie", max_position_embeddings=64), doubles.settings_of("qwen2")))

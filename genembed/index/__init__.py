@@ -276,6 +276,7 @@ def _damaged(folder: Path, reason: object) -> CheckpointError:
 @contextmanager
 def _new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """Give a temporary folder beside `folder` that takes its place when the block ends without an error."""
+    folder = folder.resolve()  # "." has no name to put a temporary one beside
     check_target(folder, overwrite=overwrite)
     temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
@@ -289,7 +290,8 @@ def _new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         try:
             temporary.rename(folder)
         except OSError:
-            old.rename(folder)
+            if old.exists():
+                old.rename(folder)
             raise
         shutil.rmtree(old, ignore_errors=True)
     finally:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from genembed.docstrings import Docstring, docstrings
-from genembed.errors import ConfigurationError, InputError
+from genembed.errors import ConfigurationError, GenembedWarning, InputError
 from genembed.files import STANDARD_STREAM, decoded_lines, read_texts
 
 _PASSAGE_WORDS = 200
@@ -59,6 +59,8 @@ def read_passages(
             yield from _file_passages(path)
         else:
             for record in read_texts(path, file_format=file_format, text_column=text_column, id_column=id_column):
+                if not record.text.strip():
+                    continue  # an empty line between texts is no passage
                 name = "stdin" if str(path) == STANDARD_STREAM else str(path)
                 yield Passage(record.text, record.id if id_column else f"{name}:{record.line}", beginning_of(record.text))
 
@@ -134,7 +136,9 @@ def _folder_passages(folder: Path) -> Iterator[Passage]:
             f"{folder}: no {', '.join((*_PROSE, '.py'))} file in this folder or below it; name the files to be indexed."
         )
     if skipped:
-        warnings.warn(f"{len(skipped)} of {found} files below {folder} were left out; the first: {skipped[0]}", stacklevel=2)
+        warnings.warn(
+            f"{len(skipped)} of {found} files below {folder} were left out; the first: {skipped[0]}", GenembedWarning, stacklevel=2
+        )
 
 
 def _files(folder: Path) -> Iterator[Path]:

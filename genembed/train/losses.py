@@ -57,6 +57,6 @@ def refinement_regulariser(step_losses: Float[Tensor, "steps"]) -> Float[Tensor,
     0 for a single step.
     """
     if len(step_losses) < 2:
-        return step_losses.new_zeros(()) * step_losses.sum()
+        return step_losses.new_zeros(())
     logs = torch.log(step_losses + _LOG_FLOOR)
     return torch.relu(logs[1:] - logs[:-1]).mean()

@@ -18,7 +18,8 @@ from genembed import Budget, ConvergeStop, FixedSteps, Pooling
 from genembed.backbone import Backbone
 from genembed.engine import Engine
 from genembed.packed import PackedRows
-from genembed.tokens import TokenIds
+from genembed.refine import refine
+from genembed.tokens import TokenBatch, TokenIds
 
 MAX_STEPS = 7
 Rule = FixedSteps | ConvergeStop | doubles.Schedule
@@ -146,3 +147,26 @@ def test_the_busy_budget_compacts_admits_newcomers_and_shares_the_prefix(monkeyp
     assert seen["shared tokens"] == 9
     assert seen["moved"] >= 3
     assert seen["newcomers beside older rows"] >= 2
+
+
+def test_prefix_attention_has_no_sliding_window_in_either_loop() -> None:
+    """The engine's steps applied the layers' window, the reference's masks did not."""
+    backbone = doubles.backbone("mistral-window", attention="prefix")
+    prompts = doubles.prompts([19, 12, 4])
+    vectors = {
+        int(row): vector
+        for done in Engine(backbone).run(prompts, FixedSteps(4))
+        for row, vector in zip(done.index, done.vectors, strict=True)
+    }
+    for row, ids in enumerate(prompts):
+        with torch.no_grad():
+            expected = refine(backbone, TokenBatch.pad([ids]), steps=4)[0, -1]
+        torch.testing.assert_close(torch.from_numpy(vectors[row]).double(), expected, rtol=0, atol=2e-7)
+
+
+def test_a_shared_prefix_does_not_overflow_half_precision() -> None:
+    """Queries were multiplied by keys before they were scaled."""
+    from genembed.attention import attend
+
+    large = torch.full((1, 2, 3, 128), 40.0, dtype=torch.float16)
+    assert attend(large, large, large, None, None, softcap=50.0).isfinite().all()

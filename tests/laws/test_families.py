@@ -63,10 +63,11 @@ def test_hard_tokens_equal_greedy_generation_with_token_ids(embedder_of: Callabl
 
 
 @pytest.mark.parametrize("family", doubles.CAUSAL_FAMILIES)
-def test_causal_eos_is_the_last_hidden_state(embedder_of: Callable[..., Embedder], family: str) -> None:
+def test_causal_eos_is_the_state_of_the_end_of_sequence_token(embedder_of: Callable[..., Embedder], family: str) -> None:
     vectors = embedder_of(family, CAUSAL_EOS).encode(TEXTS)
+    tokenizer = doubles.tokenizer()
     for vector, text in zip(vectors, TEXTS, strict=True):
-        ids = torch.tensor([doubles.tokenizer()(text, add_special_tokens=False)["input_ids"]])
+        ids = torch.tensor([[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]])
         np.testing.assert_allclose(
             vector, unit(doubles.plain(family).base_model(input_ids=ids).last_hidden_state[0, -1]), atol=doubles.FLOAT32_INSIDE
         )
