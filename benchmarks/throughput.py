@@ -236,7 +236,11 @@ def main() -> None:
         loader, count = loaders[model]
         for kind in arguments.kinds:
             comparisons.append(compare(model, loader, kind, arguments.texts or count, arguments.repeats))
-    path = write("throughput-" + "-".join(arguments.models), {"dtype": "float32", "steps": STEPS, "comparisons": comparisons}, folder=arguments.output)
+    path = write(
+        "throughput-" + "-".join(arguments.models),
+        {"dtype": "float32", "steps": STEPS, "comparisons": comparisons},
+        folder=arguments.output,
+    )
     print(f"\nwritten: {path}")
     print(json.dumps({f"{c['model']} {c['kind']}": round(c["variants"]["engine"]["plain_over_this"], 2) for c in comparisons}))
 

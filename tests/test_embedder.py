@@ -16,7 +16,6 @@ from genembed import (
     ConvergeStop,
     Embedder,
     FixedSteps,
-    GenembedWarning,
     InputError,
     ModelSettings,
     Pooling,
@@ -262,12 +261,6 @@ def test_prefix_attention_and_prompt_pooling_work_from_text_to_vector(embedder_o
 def test_the_class_of_a_rule_is_no_rule(embedder_of: Callable[..., Embedder]) -> None:
     with pytest.raises(ConfigurationError, match="expected a halting rule such as"):
         embedder_of("qwen2").encode(["x"], halt=FixedSteps)
-
-
-def test_the_warning_about_cut_texts_points_at_the_callers_line(embedder_of: Callable[..., Embedder]) -> None:
-    with pytest.warns(GenembedWarning, match="lost their end") as caught:
-        embedder_of("qwen2").encode_query(["word " * 3000], steps=1)
-    assert caught[0].filename == __file__
 
 
 def test_a_repository_name_that_cannot_be_is_refused() -> None:

@@ -152,7 +152,7 @@ def test_a_wrong_shape_is_found_by_the_checks_of_the_test_run() -> None:
 
 
 def test_an_instruction_that_is_not_text_is_refused() -> None:
-    with pytest.raises(InputError, match="the instruction has a lone surrogate at character 2"):
+    with pytest.raises(InputError, match=r"the instruction is not valid Unicode \(a lone surrogate at character 2\)"):
         made()(["x"], "ab\udcff")
 
 

@@ -131,5 +131,5 @@ def test_attention_sinks_are_refused_not_dropped() -> None:
 
 def test_an_encoder_is_not_taken_for_a_causal_language_model() -> None:
     """Ernie reads both ways unless it is told to be a decoder."""
-    with pytest.raises(ConfigurationError, match="lets a token see later ones"):
+    with pytest.raises(ConfigurationError, match="lets a token see the ones after it"):
         verify(Backbone(built("ernie", max_position_embeddings=64), doubles.settings_of("qwen2")))
