@@ -95,13 +95,13 @@ def main() -> None:
     model = genembed.load(arguments.model)
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
     print(f"SciFact: {len(data.documents):,} documents, {len(data.queries)} test queries")
+    zero = run_genembed(model, data, FixedSteps(0))
     base = run_sentence_transformers(data, model.source.base)
-    runs = [run_bm25(data), base, *(run_genembed(model, data, halt) for halt in (FixedSteps(0), FixedSteps(20), model.settings.halt))]
-    zero = runs[2]
+    rows = [as_row(run, zero) for run in (zero, base, run_bm25(data))]
+    rows += [as_row(run_genembed(model, data, halt), zero) for halt in (FixedSteps(20), model.settings.halt)]
     assert base.vectors is not None
     assert zero.vectors is not None
     distance = float(np.abs(base.vectors - zero.vectors).max())
-    rows = [as_row(run, zero) for run in runs]
     print(f"largest difference of a document vector at K = 0 from sentence-transformers: {distance:.1e}")
     values = {"documents": len(data.documents), "queries": len(data.queries), "k0_difference": distance, "runs": rows}
     print("written:", write("scifact", values, folder=arguments.output))
