@@ -100,7 +100,7 @@ class Recipe:
     prompt_weight: float = 30.0
     """Weight of the prompt's mean state against one generated state, in training."""
     served_prompt_weight: float = 15.0
-    """The weight written into the model: the best of 15, 30 and 60 on the development sets after training."""
+    """The weight written into the model, taken after training; 15, 30 and 60 differed by noise (docs/LOG.md)."""
     soft_token_temperature: float = 1.0
 
 
