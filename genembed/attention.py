@@ -6,7 +6,7 @@ arguments of the model's forward through to it. So packed attention works for an
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,11 +17,26 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from genembed.errors import ConfigurationError
 
-if TYPE_CHECKING:
-    from genembed.packed import PackedRows
-
 ATTENTION_NAME = "genembed"
 """Name under which our attention is registered with Transformers."""
+
+
+@runtime_checkable
+class PackedAttention(Protocol):
+    """Texts read as one row: what attends within each of them."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "heads tokens head_dim"],
+        key: Float[Tensor, "kv_heads tokens head_dim"],
+        value: Float[Tensor, "kv_heads tokens head_dim"],
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Float[Tensor, "tokens heads head_dim"]:
+        """Attend within each text; called by every layer of the backbone."""
+
 
 _UNSUPPORTED = ("s_aux", "position_bias", "head_mask")
 
@@ -33,7 +48,7 @@ def attention(
     value: Float[Tensor, "batch kv_heads keys head_dim"],
     attention_mask: Tensor | None,
     *,
-    packed: PackedRows | None = None,
+    packed: PackedAttention | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "batch length heads head_dim"], None]:
     """Attend within a padded batch, or within each text of packed rows."""
@@ -59,6 +74,8 @@ def attend(
     mask: Tensor | None,
     scale: float | None,
     softcap: float | None = None,
+    *,
+    fused: bool = True,
 ) -> Float[Tensor, "batch heads length head_dim"]:
     """Attend, sharing each key head among a group of query heads.
 
@@ -69,18 +86,24 @@ def attend(
         mask: True (or 0, when it is added) where a query sees a key; None when it sees all.
         scale: Factor on the scores; None for 1/sqrt(head_dim).
         softcap: Limit of the scores by softcap * tanh(score / softcap) (Gemma 2), which SDPA cannot do.
+        fused: Use SDPA where it can; False for plain products, whose backward pass on CPU is several times faster for short texts.
     """
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    if softcap is None:
+    if fused and softcap is None:
+        if groups > 1:
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    # Scaled before the product, which could overflow half precision.
-    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)
-    scores = torch.tanh(scores / softcap) * softcap
+    # Query heads that share a key head are joined, so that no key is copied. Scaled before the product, which could overflow
+    # half precision.
+    joined = query.unflatten(1, (-1, groups)).flatten(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = (joined @ key.transpose(-1, -2)).unflatten(2, (groups, -1))
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
+        mask = mask[:, :, None] if mask.dim() == 4 else mask
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-    return wide_softmax(scores) @ value
+    mixed = wide_softmax(scores).flatten(2, 3) @ value
+    return cast("Tensor", mixed.unflatten(2, (groups, -1)).flatten(1, 2))
 
 
 def wide_softmax(scores: Float[Tensor, "*batch keys"]) -> Float[Tensor, "*batch keys"]:

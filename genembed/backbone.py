@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -13,12 +12,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from genembed import cpu
-from genembed.attention import ATTENTION_NAME
+from genembed.attention import ATTENTION_NAME, PackedAttention
+from genembed.cpu import Product
 from genembed.errors import ConfigurationError
 from genembed.halting import HaltingRule
-from genembed.packed import PackedRows
 from genembed.settings import ModelSettings
-from genembed.soft_token import blocked_soft_token, hard_token, soft_token
+from genembed.soft_token import Scores, blocked_soft_token, hard_token, recomputed_soft_token, straight_through
 
 _BLOCK = 4096
 """Vocabulary entries in one block of the soft token: the block's logits stay in cache for usual batches."""
@@ -45,18 +44,12 @@ class LogitHead:
     weight: Float[Tensor, "vocab hidden"]
     bias: Float[Tensor, "vocab"] | None = None
     transform: Callable[[Tensor], Tensor] | None = None
-    scale: float = 1.0
-    softcap: float | None = None
+    finish: Scores = Scores()
+    """What comes after the product."""
 
     def prepare(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
         """Apply what comes before the product with the output embeddings."""
         return hidden if self.transform is None else self.transform(hidden)
-
-    def finish(self, scores: Float[Tensor, "rows block"]) -> Float[Tensor, "rows block"]:
-        """Apply what comes after it."""
-        if self.scale != 1.0:
-            scores = scores * self.scale
-        return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
 
     def __call__(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
         """Return the logits of the whole vocabulary."""
@@ -74,8 +67,10 @@ class LogitHead:
             weight=output.weight,
             bias=getattr(output, "bias", None),
             transform=getattr(predictions, "transform", None),
-            scale=1.0 / divisor if divisor else float(getattr(config, "logit_scale", None) or 1.0),
-            softcap=getattr(config, "final_logit_softcapping", None),
+            finish=Scores(
+                scale=1.0 / divisor if divisor else float(getattr(config, "logit_scale", None) or 1.0),
+                softcap=getattr(config, "final_logit_softcapping", None),
+            ),
         )
 
 
@@ -115,9 +110,14 @@ class Backbone:
             )
         self.embedding_scale = _embedding_scale(self.embedding)
         self.packable = True
-        for part in {id(self.base): self.base, id(self.stepper): self.stepper}.values():
+        for part in self._parts:
             part.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
-        self._product_blocks: tuple[list[Any], list[Any]] | None = None
+        self._vocabulary_is_packed = False
+
+    @property
+    def _parts(self) -> list[nn.Module]:
+        """What reads prompts, and what reads generated positions if that is something else."""
+        return [self.base, self.stepper] if self.adapter_on_generated_only else [self.base]
 
     @property
     def causal(self) -> bool:
@@ -212,7 +212,7 @@ class Backbone:
         embeddings: Float[Tensor, "tokens hidden"],
         positions: Int[Tensor, "tokens"],
         *,
-        rows: PackedRows,
+        rows: PackedAttention,
         generated: bool,
     ) -> Float[Tensor, "tokens hidden"]:
         """Read many texts as one row; `rows` attends within each of them."""
@@ -224,11 +224,11 @@ class Backbone:
 
     def next_embeddings(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
         """Turn last hidden states into the next input: a soft token (GIRCSE, equations 5 and 6) or a hard one."""
+        embeddings = self._recomputed(hidden) if torch.is_grad_enabled() else None
         if self.settings.tokens == "hard":
-            embeddings = hard_token(self.head(hidden), self.table)
-        elif torch.is_grad_enabled():
-            embeddings = soft_token(self.head(hidden), self.table, temperature=self.settings.temperature)
-        else:
+            hard = hard_token(self.head(hidden.detach()), self.table)
+            embeddings = hard if embeddings is None else straight_through(hard, embeddings)
+        elif embeddings is None:
             embeddings = self._blocked(hidden)
         return embeddings if self.embedding_scale == 1.0 else embeddings * self.embedding_scale
 
@@ -237,38 +237,51 @@ class Backbone:
 
         The price is memory: a second copy of the linear layers, and two more of the vocabulary's table (as head, and transposed).
         """
-        for part in {id(self.base): self.base, id(self.stepper): self.stepper}.values():
+        for part in self._parts:
             cpu.pack_linear_layers(part)
-        if self.has_head and cpu.packable(self.head.weight) and cpu.operators_agree():
-            self._product_blocks = self._packed_blocks
+        packable = self.has_head and cpu.packable(self.head.weight) and cpu.operators_agree()
+        if packable and not self._vocabulary_is_packed:
+            self._vocabulary_is_packed = True
+            vars(self).pop("_vocabulary_blocks", None)
 
     @cached_property
-    def _packed_blocks(self) -> tuple[list[Any], list[Any]]:
+    def _vocabulary_blocks(self) -> list[tuple[Product, Product]]:
+        """For each block of the vocabulary, its product with the head's weight and its product with the input embeddings."""
         head, table = self.head, self.table
+        product, mix = (cpu.packed_product, _packed_mix) if self._vocabulary_is_packed else (_plain_product, _plain_mix)
         spans = [slice(start, start + _BLOCK) for start in range(0, len(table), _BLOCK)]
-        logits = [cpu.packed_product(head.weight[span], None if head.bias is None else head.bias[span]) for span in spans]
-        return logits, [cpu.packed_product(table[span].T.contiguous()) for span in spans]
+        return [(product(head.weight[span], None if head.bias is None else head.bias[span]), mix(table[span])) for span in spans]
+
+    def _recomputed(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
+        head = self.head
+        return recomputed_soft_token(
+            head.prepare(hidden),
+            head.weight,
+            head.bias,
+            self.table,
+            temperature=self.settings.temperature,
+            scores=head.finish,
+            block=_BLOCK,
+        )
 
     def _blocked(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
-        head, table = self.head, self.table
-        prepared = head.prepare(hidden)
+        head, prepared = self.head, self.head.prepare(hidden)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        if self._product_blocks is not None:
-            products, mixes = self._product_blocks
-        else:
-            spans = [slice(start, start + _BLOCK) for start in range(0, len(table), _BLOCK)]
-            products = [_plain_product(head.weight[span], None if head.bias is None else head.bias[span]) for span in spans]
-            mixes = [_plain_mix(table[span]) for span in spans]
-        logits = [lambda product=product: head.finish(product(prepared)).to(wide) for product in products]
+        logits = [lambda product=product: head.finish(product(prepared)).to(wide) for product, _mix in self._vocabulary_blocks]
+        mixes = [mix for _product, mix in self._vocabulary_blocks]
         return blocked_soft_token(logits, mixes, temperature=self.settings.temperature).to(hidden.dtype)
 
 
-def _plain_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _plain_product(weight: Tensor, bias: Tensor | None) -> Product:
     return lambda inputs: nn.functional.linear(inputs, weight, bias)
 
 
-def _plain_mix(table: Tensor) -> Callable[[Tensor], Tensor]:
+def _plain_mix(table: Tensor) -> Product:
     return lambda weights: (weights.to(table.dtype) @ table).to(weights.dtype)
+
+
+def _packed_mix(table: Tensor) -> Product:
+    return cpu.packed_product(table.T.contiguous())
 
 
 def _embedding_scale(embedding: nn.Module) -> float:

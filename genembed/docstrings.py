@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tqdm import tqdm
+
 Kind = Literal["function", "class", "method"]
 
 _SKIPPED_FOLDERS = ("test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "ensurepip", "pydoc_data")
@@ -59,15 +61,17 @@ def docstrings(source: str | bytes, module: str) -> Iterator[Docstring]:
     yield from _documented(tree.body, module, "function")
 
 
-def standard_library(folder: Path | None = None) -> list[Docstring]:
+def standard_library(folder: Path | None = None, *, show_progress_bar: bool = False) -> list[Docstring]:
     """Read the docstrings of the standard library's Python source: functions first, then classes, then methods.
 
     Args:
         folder: Where the library's source lies; that of the running interpreter if None.
+        show_progress_bar: Show a bar on stderr when the reading takes more than a second.
     """
     root = folder or Path(sysconfig.get_path("stdlib"))
     found: dict[str, Docstring] = {}
-    for path, module in _modules(root):
+    files = tqdm(list(_modules(root)), desc="reading", unit="file", delay=1, disable=not show_progress_bar, leave=False)
+    for path, module in files:
         for docstring in docstrings(path.read_bytes(), module):
             found.setdefault(docstring.name, docstring)
     order: tuple[Kind, ...] = ("function", "class", "method")

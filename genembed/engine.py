@@ -29,9 +29,9 @@ class Budget:
     """Positions (prompt and generated, over all rows) whose keys and values one decode batch may hold."""
     max_rows: int = 256
     """Rows in one decode batch."""
-    prefill_tokens: int = 2_048
+    prefill_tokens: int = 1_024
     """Prompt tokens read in one pass; a longer prompt is read alone."""
-    length_ratio: float = 1.5
+    length_ratio: float = 3.0
     """Texts share a decode batch if the longest is at most this much longer than the shortest."""
     min_prefix: int = 4
     """Shared leading tokens below this number are not worth a cache of their own."""
@@ -48,7 +48,7 @@ class Budget:
 
 
 DEFAULT_BUDGET = Budget()
-"""Limits that suit a CPU with small models; about 100 MB of keys and values for `mini`."""
+"""Limits that suit a CPU with small models; 600 MB of keys and values for `mini`."""
 
 
 @dataclass(frozen=True)
@@ -104,16 +104,16 @@ class Engine:
         """
         self.backbone.check_halt(halt)
         self._check_positions(prompts, halt)
-        prefix = self._shared_prefix(prompts)
-        shared = prefix.length if prefix is not None else 0
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
-        for group in _similar_lengths(order, prompts, shared, halt.max_steps, self.budget.length_ratio):
-            yield from self._run_group(_Job(prompts, halt, prefix, keep_trajectory, first_row), group)
+        job = _Job(prompts, halt, self._shared_prefix(prompts), keep_trajectory, first_row)
+        for group in _similar_lengths(job, self.budget.length_ratio):
+            yield from self._run_group(job, group)
 
     def _run_group(self, job: _Job, group: list[int]) -> Iterator[Refined]:
         """Refine one group; when memory runs out, try what is left with half the rows."""
-        capacity = len(job.prompts[group[0]]) - job.prefix_length + job.halt.max_steps
-        max_rows = max(1, min(len(group), self.budget.max_rows, self.budget.batch_tokens // capacity))
+        capacity = job.room(group[0])
+        most = max(1, min(self.budget.max_rows, self.budget.batch_tokens // capacity))
+        # Waves of equal size, so that the last one is not a handful of rows at a poor rate.
+        max_rows = -(-len(group) // -(-len(group) // most))
         left = dict.fromkeys(group)
         while left:
             try:
@@ -128,7 +128,8 @@ class Engine:
                     row = next(iter(left))
                     raise OutOfMemoryError(
                         f"row {row + job.first_row}: one text of {len(job.prompts[row])} tokens does not fit into memory even alone; "
-                        "use a smaller max_length, a smaller model or half precision."
+                        "use a smaller max_length, a smaller model or half precision.",
+                        row=row + job.first_row,
                     ) from error
                 max_rows //= 2
             # Outside the handler: the exception's frames hold the batch that did not fit.
@@ -175,6 +176,10 @@ class _Job:
     def prefix_length(self) -> int:
         """Leading tokens of every prompt that are read already."""
         return self.prefix.length if self.prefix is not None else 0
+
+    def room(self, row: int) -> int:
+        """Positions whose keys and values a row needs by itself."""
+        return len(self.prompts[row]) - self.prefix_length + self.halt.max_steps
 
 
 class _DecodeBatch:
@@ -271,7 +276,8 @@ class _DecodeBatch:
             bad = int((~sound).argmax())
             raise NonFiniteError(
                 f"row {index[bad]}: the embedding is not finite or is zero after {steps[bad]} steps; check the model's weights, "
-                "or load it with dtype='float32'."
+                "or load it with dtype='float32'.",
+                row=int(index[bad]),
             )
         stability, trajectory = self.log.of(rows)
         return Refined(index, vectors, steps, stability, trajectory)
@@ -327,12 +333,12 @@ def surviving_order(finished: Bool[Tensor, "rows"]) -> Int[Tensor, "kept"]:
     return order
 
 
-def _similar_lengths(order: list[int], prompts: Sequence[TokenIds], shared: int, steps: int, ratio: float) -> Iterator[list[int]]:
-    """Cut texts sorted by falling length into groups whose rows need similar room."""
+def _similar_lengths(job: _Job, ratio: float) -> Iterator[list[int]]:
+    """Sort texts by falling length and cut them into groups whose rows need similar room."""
+    order = sorted(range(len(job.prompts)), key=lambda row: len(job.prompts[row]), reverse=True)
     start = 0
     for place in range(1, len(order) + 1):
-        room = len(prompts[order[start]]) - shared + steps
-        if place == len(order) or room > ratio * (len(prompts[order[place]]) - shared + steps):
+        if place == len(order) or job.room(order[start]) > ratio * job.room(order[place]):
             yield order[start:place]
             start = place
 

@@ -15,8 +15,8 @@ class CheckpointError(GenembedError, ValueError):
     """A model folder that is incomplete, unsafe, or does not fit its base model."""
 
 
-class InputError(GenembedError, ValueError):
-    """A text that cannot be embedded; the message names its row."""
+class TextError(GenembedError):
+    """Base of the errors that one text can be at fault for."""
 
     def __init__(self, message: str, *, row: int | None = None) -> None:
         super().__init__(message)
@@ -24,12 +24,24 @@ class InputError(GenembedError, ValueError):
         """Position of the text in the caller's list; None if no single text is at fault."""
 
 
-class NonFiniteError(GenembedError, ArithmeticError):
+class InputError(TextError, ValueError):
+    """A text that cannot be embedded; the message names its row."""
+
+
+class DataError(GenembedError, ValueError):
+    """Training data that cannot be used; the message names the file and, where there is one, the line."""
+
+
+class NonFiniteError(TextError, ArithmeticError):
     """A vector that came out non-finite or zero; the message names its row."""
 
 
-class OutOfMemoryError(GenembedError, MemoryError):
+class OutOfMemoryError(TextError, MemoryError):
     """One single row does not fit into memory, so splitting the batch cannot help."""
+
+
+class TrainingError(GenembedError, RuntimeError):
+    """A training run that cannot go on, such as one whose checkpoint cannot be written."""
 
 
 class GenembedWarning(UserWarning):

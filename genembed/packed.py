@@ -173,8 +173,8 @@ class PackedRows:
         if not self.max_tokens:
             return
         if layer not in self._keys:
-            # Zeros, not whatever memory holds: a masked position has weight 0, and 0 * NaN is NaN.
-            self._keys[layer] = key.new_zeros(self.max_rows, key.shape[1], self.max_tokens, key.shape[3])
+            self._keys[layer] = key.new_empty(self.max_rows, key.shape[1], self.max_tokens, key.shape[3])
+            # Zeros, not whatever memory holds: a masked score is overwritten, but its weight 0 times NaN would be NaN.
             self._values[layer] = value.new_zeros(self.max_rows, value.shape[1], self.max_tokens, value.shape[3])
         slots = slice(group.row, group.row + group.count)
         self._keys[layer][slots, :, : group.length] = key
@@ -188,31 +188,21 @@ class PackedRows:
         self._keys[layer][slots, :, self.lengths] = key.transpose(0, 1)
         self._values[layer][slots, :, self.lengths] = value.transpose(0, 1)
         keys, values = self._keys[layer][:rows, :, : self._used], self._values[layer][:rows, :, : self._used]
-        # Query heads that share a key head become the length dimension, so that no key is copied for its group.
-        q = query.transpose(0, 1).unflatten(1, (kv_heads, -1))
-        if self.prefix is not None or softcap is not None:
-            out = self._attend_cascade(layer, q, keys, values, scale, window, softcap)
-        else:
-            out = torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=self._step_mask(window), scale=scale)
-        return out.flatten(1, 2)
+        # Query heads that share a key head become the length dimension, so that no key is copied for its group. The scale comes
+        # before the products, which could overflow half precision.
+        q = query.transpose(0, 1).unflatten(1, (kv_heads, -1)) * scale
+        return self._attend_cascade(layer, q, keys, values, window, softcap).flatten(1, 2)
 
-    def _step_mask(self, window: int | None) -> Tensor | None:
-        if window is None or self.prefix_length + self._used <= window:
-            return self._mask
-        near = torch.arange(self._used, device=self.lengths.device) > (self.lengths - window)[:, None]
-        return near[:, None, None, :] if self._mask is None else self._mask & near[:, None, None, :]
+    def _attend_cascade(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, window: int | None, softcap: float | None) -> Tensor:
+        """Attend to the shared prefix as one product for all rows, to each row's own tokens row by row; one softmax over both.
 
-    def _attend_cascade(
-        self, layer: int, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor:
-        """Attend to the shared prefix as one product for all rows, to each row's own tokens row by row; one softmax over both."""
-        q = q * scale  # before the products, which could overflow half precision
-        own = q @ keys.transpose(-1, -2)
-        prefix, shared = self.prefix, q.new_empty(*q.shape[:3], 0)
+        For a single query the two products read keys and values faster than `scaled_dot_product_attention` (docs/LOG.md).
+        """
+        scores, prefix = q @ keys.transpose(-1, -2), self.prefix
         if prefix is not None:
             by_head = q.transpose(0, 1).flatten(1, 2)
             shared = (by_head @ prefix.keys[layer].transpose(-1, -2)).unflatten(1, (len(q), -1)).transpose(0, 1)
-        scores = torch.cat([shared, own], dim=-1)
+            scores = torch.cat([shared, scores], dim=-1)
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         scores = self._hide(scores, window)

@@ -33,6 +33,10 @@ class Source:
     adapter: Path | None
     head: Path | None
     tokenizer: Path
+    named_adapter: str | None = None
+    """The adapter that was named beside the model; None if there is none, or the model's own folder is one."""
+    preset: str | ModelSettings | None = None
+    """What was given instead of the folder's own settings."""
 
 
 def resolve(path_or_id: str | Path, *, adapter: str | Path | None, preset: str | ModelSettings | None, offline: bool) -> Source:
@@ -55,7 +59,8 @@ def resolve(path_or_id: str | Path, *, adapter: str | Path | None, preset: str |
     _check_weights(folder)
     head = next((place / HEAD_FILE for place in (extra, folder) if place is not None and (place / HEAD_FILE).is_file()), None)
     tokenizer = extra if extra is not None and (extra / "tokenizer.json").is_file() else folder
-    return Source(str(path_or_id), settings, folder, extra, head, tokenizer)
+    named = None if adapter is None else str(adapter)
+    return Source(str(path_or_id), settings, folder, extra, head, tokenizer, named_adapter=named, preset=preset)
 
 
 def sha256(path: Path) -> str:
@@ -84,15 +89,15 @@ def _download(repo_id: str, *, offline: bool) -> Path:
 
     try:
         return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DOUBLES, local_files_only=offline))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        way_out = (
-            "load it once without offline=True, or pass a local folder"
+    except LocalEntryNotFoundError as error:
+        reason, way_out = (
+            ("", "load it once without offline=True")
             if offline
-            else "check the name and the network, or pass a local folder"
+            else (", and the hub cannot be reached", "check the network (and HF_HUB_OFFLINE)")
         )
-        raise CheckpointError(
-            f"{repo_id}: not found in the local cache{'' if offline else ' or on the hub'}; {way_out}. ({error})"
-        ) from error
+        raise CheckpointError(f"{repo_id}: not found in the local cache{reason}; {way_out}, or pass a local folder.") from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(f"{repo_id}: cannot be taken from the hub; check the name and your access to it, or pass a local folder. ({error})") from error
 
 
 def _settings(folder: Path | None, preset: str | ModelSettings | None, name: str) -> ModelSettings:

@@ -115,6 +115,12 @@ def model(family: str, seed: int = 0) -> transformers.PreTrainedModel:
     return made.double().eval().requires_grad_(False)
 
 
+def is_unchanged(family: str) -> bool:
+    """Whether the shared model of a family still has the weights it was made with; a test that changes them needs a copy."""
+    made = model.__wrapped__(family).state_dict()
+    return all(torch.equal(weight, made[name]) for name, weight in model(family).state_dict().items())
+
+
 @lru_cache
 def plain(family: str) -> transformers.PreTrainedModel:
     """Return a copy of the model that Transformers runs by itself, with its own eager attention."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import pickle
@@ -164,8 +165,7 @@ def test_the_dtype_is_the_one_asked_for(folder: Path, dtype: Any) -> None:
 
 
 def test_on_cpu_half_precision_weights_are_loaded_as_float32_unless_asked_for(folder: Path) -> None:
-    doubles.model("qwen2").to(torch.bfloat16).save_pretrained(folder)
-    doubles.model("qwen2").to(torch.float64)
+    copy.deepcopy(doubles.model("qwen2")).to(torch.bfloat16).save_pretrained(folder)
     assert load(folder).backbone.dtype == torch.float32
 
 
@@ -328,9 +328,7 @@ def test_a_hub_id_without_a_network_is_refused_with_the_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused_connections: list[str]
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        CheckpointError, match="owner/name: not found in the local cache or on the hub; check the name and the network, or pass a"
-    ):
+    with pytest.raises(CheckpointError, match="owner/name: not found in the local cache, and the hub cannot be reached; check the network"):
         load("owner/name", preset="gircse")
     assert refused_connections
     refused_connections.clear()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import doubles
 from genembed import ConfigurationError
-from genembed.soft_token import blocked_soft_token, hard_token, soft_token
+from genembed.soft_token import Scores, blocked_soft_token, hard_token, recomputed_soft_token, soft_token, straight_through
 
 VOCAB = 23
 
@@ -92,3 +92,50 @@ def test_without_gradient_the_next_embedding_is_the_one_with_gradient(
         exact = backbone.next_embeddings(hidden)
     with torch.no_grad():
         torch.testing.assert_close(backbone.next_embeddings(hidden), exact, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("scores", [Scores(), Scores(scale=0.5), Scores(softcap=2.0), Scores(scale=3.0, softcap=1.5)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_recomputed_soft_token_has_the_gradients_of_the_plain_one(scores: Scores, tied: bool) -> None:
+    torch.manual_seed(0)
+    hidden, weight, table = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (3, VOCAB, VOCAB))
+    bias = torch.randn(VOCAB, dtype=torch.float64, requires_grad=True)
+    table = weight if tied else table
+    inputs = [hidden, weight, bias] + ([] if tied else [table])
+    gradient = torch.randn(3, 5, dtype=torch.float64)
+    plain = soft_token(scores(hidden @ weight.T + bias), table, temperature=0.7)
+    recomputed = recomputed_soft_token(hidden, weight, bias, table, temperature=0.7, scores=scores, block=7)
+    torch.testing.assert_close(recomputed, plain, rtol=0, atol=1e-13)
+    expected = torch.autograd.grad(plain, inputs, gradient)
+    for found, right in zip(torch.autograd.grad(recomputed, inputs, gradient), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=0, atol=1e-12)
+
+
+def test_the_recomputed_soft_token_passes_gradcheck() -> None:
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (2, 9))
+    assert torch.autograd.gradcheck(
+        lambda h, w: recomputed_soft_token(h, w, None, w, temperature=1.3, scores=Scores(softcap=4.0), block=4), (hidden, weight)
+    )
+
+
+def test_the_recomputed_soft_token_keeps_nothing_as_wide_as_the_vocabulary() -> None:
+    kept: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    hidden, weight = torch.randn(3, 5, requires_grad=True), torch.randn(1000, 5)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        recomputed_soft_token(hidden, weight, None, weight, block=100)
+    assert sorted(set(kept)) == [3, 15, 5000]  # log-normaliser, hidden states and average, the weights themselves
+
+
+def test_a_hard_token_passes_the_gradient_of_the_soft_one_straight_through() -> None:
+    hard, soft = torch.randn(2, 3), torch.randn(2, 3, requires_grad=True)
+    result = straight_through(hard, soft)
+    torch.testing.assert_close(result, hard)
+    (result * 2).sum().backward()
+    assert soft.grad is not None
+    assert soft.grad.tolist() == [[2.0] * 3] * 2

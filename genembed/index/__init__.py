@@ -17,11 +17,12 @@ import numpy as np
 from jaxtyping import Float
 
 from genembed.embedder import Embedder, Refinement
-from genembed.errors import CheckpointError, ConfigurationError, InputError, missing_extra
+from genembed.errors import CheckpointError, ConfigurationError, TextError, missing_extra
 from genembed.files import replacing
 from genembed.halting import HaltingRule
 from genembed.index.passages import Passage, docstring_passage, read_passages
-from genembed.source import BUILTIN
+from genembed.settings import ModelSettings
+from genembed.source import BUILTIN, Source
 
 try:
     import lancedb
@@ -61,6 +62,15 @@ class Description:
     """Refinement steps done for a text, mean; 0 if there is no text."""
     seconds: float
     """Time the embedding took."""
+    adapter: str | None = None
+    """Folder or hub id of the adapter that was named beside the model, if any."""
+    preset: str | dict[str, Any] | None = None
+    """What was given instead of the model's own settings: a preset's name, or settings as in a settings file."""
+
+    @property
+    def model_settings(self) -> str | ModelSettings | None:
+        """The preset as `genembed.load` takes it; None where the model's own settings hold."""
+        return ModelSettings.from_json(self.preset, source=DESCRIPTION_FILE) if isinstance(self.preset, dict) else self.preset
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,6 @@ class Index:
                     texts, instruction=instruction, halt=halt, truncate=truncate, show_progress_bar=show_progress_bar
                 )
             description = Description(
-                model=_name(embedder),
                 dimensions=embedder.get_embedding_dimension(),
                 halt=repr(settings.halt if halt is None else halt),
                 instruction=instruction,
@@ -134,6 +143,7 @@ class Index:
                 rows=len(texts),
                 steps=float(refinement.steps.mean()) if texts else 0.0,
                 seconds=time.perf_counter() - begin,
+                **_origin(embedder.source),
             )
             _connect(temporary).create_table(_TABLE, data=_table(passages, refinement))
             with replacing(temporary / DESCRIPTION_FILE) as file:
@@ -168,10 +178,11 @@ class Index:
             ConfigurationError: With both names and the way out.
         """
         if fingerprint(embedder) != self.description.fingerprint:
+            other = f"{_absolute(embedder.source.name)!r} ({embedder.get_embedding_dimension()} dimensions)"
             raise ConfigurationError(
-                f"{self.folder}: made by the model {self.description.model!r} ({self.description.dimensions} dimensions); those "
-                f"of {_name(embedder)!r} ({embedder.get_embedding_dimension()} dimensions), as its weights and settings are now, do "
-                "not compare with its own: search with the model that made it, or build the index again with --overwrite."
+                f"{self.folder}: made by the model {self.description.model!r} ({self.description.dimensions} dimensions); those of {other}, "
+                "as its weights and settings are now, do not compare with its own: search with the model that made it, or build the index "
+                "again with --overwrite."
             )
 
     def search(self, vector: Float[np.ndarray, "hidden"], *, k: int = 10) -> list[Hit]:
@@ -225,14 +236,22 @@ def _naming(passages: Sequence[Passage]) -> Iterator[None]:
     """Say which passage the row of an error belongs to."""
     try:
         yield
-    except InputError as error:
+    except TextError as error:
         where = "" if error.row is None else f"{passages[error.row].reference}: "
-        raise InputError(f"{where}{error}", row=error.row) from error
+        raise type(error)(f"{where}{error}", row=error.row) from error
 
 
-def _name(embedder: Embedder) -> str:
-    """Return the model's name; a local folder's is absolute, as a search may start elsewhere."""
-    name = embedder.source.name
+def _origin(source: Source) -> dict[str, Any]:
+    """Return what has to be said to load the model again."""
+    return {
+        "model": _absolute(source.name),
+        "adapter": None if source.named_adapter is None else _absolute(source.named_adapter),
+        "preset": source.preset.to_json() if isinstance(source.preset, ModelSettings) else source.preset,
+    }
+
+
+def _absolute(name: str) -> str:
+    """Return the name of a model or adapter; a local folder's is absolute, as a search may start elsewhere."""
     folder = Path(name).expanduser()
     return str(folder.resolve()) if name not in BUILTIN and folder.is_dir() else name
 

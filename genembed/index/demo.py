@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 import numpy as np
+from tqdm import tqdm
 
 from genembed.docstrings import Docstring, standard_library
 from genembed.embedder import Embedder
@@ -109,7 +110,7 @@ def run(embedder: Embedder, *, rows: int, folder: Path | None, quiet: bool = Fal
     if rows < 1:
         raise ConfigurationError(f"rows={rows}: at least one docstring has to be indexed.")
     console = _console(quiet=quiet)
-    documented = _chosen(standard_library(), rows)
+    documented = _chosen(standard_library(show_progress_bar=True), rows)
     index, reused = _index(embedder, documented, folder)
     _show_index(console, embedder, index, reused=reused)
     answers = []
@@ -149,11 +150,11 @@ def compare(embedder: Embedder, index: Index, queries: Sequence[str]) -> Compari
     seconds: dict[str, list[float]] = {name: [] for name in rules}
     refined = {}
     embedder.refine(queries[:8])  # the first call of a model pays for its memory
-    for _ in range(_REPEATS):
-        for name, rule in rules.items():
-            begin = time.perf_counter()
-            refined[name] = embedder.refine(queries, instruction=embedder.settings.query_instruction, halt=rule)
-            seconds[name].append(time.perf_counter() - begin)
+    turns = tqdm(list(rules.items()) * _REPEATS, desc="comparing", unit="run", delay=1, leave=False)
+    for name, rule in turns:
+        begin = time.perf_counter()
+        refined[name] = embedder.refine(queries, instruction=embedder.settings.query_instruction, halt=rule)
+        seconds[name].append(time.perf_counter() - begin)
     found = {name: [_references(index, vector) for vector in refined[name].vectors] for name in rules}
     shared = [len(every & halted) / len(every) for every, halted in zip(found["every_step"], found["halting"], strict=True)]
     timings = {

@@ -1,0 +1,168 @@
+"""From a recipe to a model: `genembed train`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from genembed.cli.options import Json, command
+from genembed.cli.output import print_result, with_bar
+from genembed.errors import ConfigurationError, missing_extra
+
+if TYPE_CHECKING:
+    from genembed.train.overlap import TextFilter
+    from genembed.train.recipe import Recipe
+
+_MERGED = "merged"
+_SCORE = "eval_"
+_EXTRA = ("accelerate", "matplotlib")
+"""What every run needs of the extra; looked for before the run, as the curves are only drawn when it has trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """What is changed in a recipe."""
+
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data", metavar="PATH[=WEIGHT]", help="Training pairs: file (jsonl, parquet), folder or hf:NAME, and its share in the mix."
+        ),
+    ] = None
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Model to start from, instead of the recipe's own: folder or hub id.")
+    ] = None
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, such as objective.temperature=0.05; values are JSON."),
+    ] = None
+
+    def read(self, recipe: str) -> Recipe:
+        """Return the recipe of this name or file with what is changed."""
+        from genembed.cli.overrides import overridden
+        from genembed.cli.recipe_files import chosen_recipe, data_file
+
+        model = [] if self.model is None else [f"model={json.dumps(self.model)}"]
+        return overridden(chosen_recipe(recipe, [data_file(path) for path in self.data or ()]), [*model, *(self.assignments or ())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExcludeOptions:
+    """Texts that must not be trained on."""
+
+    exclude: Annotated[
+        list[Path] | None, typer.Option("--exclude", metavar="FILE", help="Texts of test sets, which are kept out of the training.")
+    ] = None
+    file_format: Annotated[
+        str | None, typer.Option("--format", help="Of the --exclude files: txt, jsonl, csv or parquet, where their names do not tell.")
+    ] = None
+    text_column: Annotated[str | None, typer.Option(help="Column of the text in the --exclude files; 'text' if not given.")] = None
+
+    def __post_init__(self) -> None:
+        """Refuse options about files that are not there."""
+        for option, value in (("--format", self.file_format), ("--text-column", self.text_column)):
+            if value is not None and not self.exclude:
+                raise ConfigurationError(f"{option} {value}: says how --exclude files are read, and there are none.")
+
+    def read(self) -> TextFilter | None:
+        """Return the filter that knows these texts."""
+        from genembed.files import read_texts
+        from genembed.train.overlap import TextFilter
+
+        if not self.exclude:
+            return None
+        records = chain.from_iterable(read_texts(path, file_format=self.file_format, text_column=self.text_column) for path in self.exclude)
+        return TextFilter.from_texts(record.text for record in with_bar(records, "reading") if record.text.strip())
+
+
+@command
+def train(
+    *,
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="One of ours by name, or a function of your own file: FILE.py:FUNCTION.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run and of the model.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad row instead of counting it.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help=f"Also write full weights, to OUTPUT/{_MERGED}.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe as JSON, and do nothing.")] = False,
+    as_json: Json = False,
+    changing: RecipeOptions,
+    excluding: ExcludeOptions,
+) -> None:
+    """Train a model; the output is a folder that every other command takes with -m."""
+    _check_extra()
+    chosen = changing.read(recipe)
+    if dry_run:
+        _show_recipe(chosen, as_json=as_json)
+        return
+    from genembed.train import merge as merging
+    from genembed.train.run import train as run
+
+    if merge:
+        merging.check_mergeable(chosen)
+    begin = time.perf_counter()
+    model = run(chosen, output, resume=resume, strict=strict, exclude=excluding.read())
+    seconds = time.perf_counter() - begin
+    if not _is_first_process():
+        return
+    if merge:
+        merging.merge(model, output / _MERGED, chosen.served or model.settings)
+    _report(chosen, output, seconds, merged=merge, as_json=as_json)
+
+
+def _check_extra() -> None:
+    for package in _EXTRA:
+        if find_spec(package) is None:
+            raise missing_extra("train", package)
+
+
+def _show_recipe(recipe: Recipe, *, as_json: bool) -> None:
+    from genembed.train.run import recipe_json
+
+    value = recipe_json(recipe)
+    print_result(value, json.dumps(value, indent=2, ensure_ascii=False), as_json=as_json)
+
+
+def _is_first_process() -> bool:
+    """Whether this process reports: a launcher starts one for each device, and numbers them."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _report(recipe: Recipe, output: Path, seconds: float, *, merged: bool, as_json: bool) -> None:
+    update, scores = _held_out_scores(output)
+    summary = {
+        "output": str(output),
+        "merged": str(output / _MERGED) if merged else None,
+        "model": recipe.model,
+        "updates": recipe.updates,
+        "seconds": seconds,
+        "evaluated_at": update,
+        "scores": scores,
+    }
+    lines = [f"{output}: {recipe.model} trained for {recipe.updates} updates, {seconds:.1f} s"]
+    if merged:
+        lines.append(f"{output / _MERGED}: the same model in full weights")
+    if scores:
+        lines.append(f"held-out pairs at update {update}: {', '.join(f'{name} {value:.2f}' for name, value in scores.items())}")
+    print_result(summary, "\n".join(lines), as_json=as_json)
+
+
+def _held_out_scores(output: Path) -> tuple[int | None, dict[str, float]]:
+    """Return the last scores in a run's history, by name, and the update they were measured at."""
+    from genembed.train.callbacks import HISTORY
+
+    with (output / HISTORY).open(newline="", encoding="utf-8") as file:
+        rows = [
+            (row["step"], {name.removeprefix(_SCORE): value for name, value in row.items() if name.startswith(_SCORE) and value})
+            for row in csv.DictReader(file)
+        ]
+    measured = [(int(step), {name: float(value) for name, value in scores.items()}) for step, scores in rows if scores]
+    return measured[-1] if measured else (None, {})

@@ -1,0 +1,135 @@
+"""From a batch of pairs to token ids, with the prompts that the recipe asks for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from genembed.settings import ModelSettings
+from genembed.tokens import PromptTokenizer, TokenIds
+from genembed.train.pairs import Pair
+from genembed.train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """What one process learns from at once."""
+
+    number: int
+    """Place of the batch in the run."""
+    pairs: tuple[Pair, ...]
+    steps: int
+    """Refinement steps, K."""
+    queries: list[TokenIds]
+    candidates: list[TokenIds]
+    """The positive of each query, in order, then hard negatives."""
+    texts: list[str]
+    """Queries and candidates without their instructions, in the order of `prompts`."""
+
+    @property
+    def prompts(self) -> list[TokenIds]:
+        """All texts, queries first."""
+        return [*self.queries, *self.candidates]
+
+
+class PairCollator:
+    """Turns pairs into prompts: which texts carry an instruction, how much of them is read, and how many fit into a batch."""
+
+    def __init__(self, recipe: Recipe, tokenizer: PromptTokenizer, settings: ModelSettings) -> None:
+        self.recipe, self.tokenizer, self.settings = recipe, tokenizer, settings
+
+    def __call__(self, number: int, pairs: Sequence[Pair], share: slice = slice(None)) -> TrainingBatch:
+        """Prepare one batch.
+
+        Everything random follows from the recipe's seed and the batch's number, so that a resumed run draws the same.
+
+        Args:
+            number: Place of the batch in the run.
+            pairs: The pairs of all processes.
+            share: Those of this process.
+        """
+        recipe, rng = self.recipe, random.Random(f"{self.recipe.seed} {number}")
+        steps = rng.randint(recipe.min_steps, recipe.max_steps)
+        instructed = rng.random() < recipe.instruction_share
+        limit = rng.choice(recipe.length_limits) if recipe.length_limits else None
+        query = self._limited(recipe.query_tokens, limit)
+        passage = self._limited(recipe.passage_tokens, limit)
+        read = [_read(pair, query, passage, instructed=instructed, rule=recipe.passage_rule) for pair in pairs]
+        processes = share.step or 1
+        count = max(processes, _fitting(read, recipe.batch_tokens) // processes * processes)
+        chosen = [(pair, *ids) for pair, ids in zip(pairs, read, strict=True)][:count]
+        # Every process must bring as many candidates as the others, or they could not be joined.
+        negatives = min(sum(len(texts) - 1 for _, _, texts in chosen[process::processes]) for process in range(processes))
+        return _batch(number, steps, chosen[share], negatives)
+
+    def _limited(self, most: int, limit: int | None) -> PromptTokenizer:
+        return PromptTokenizer(self.tokenizer.tokenizer, replace(self.settings, max_length=min(most, limit or most)))
+
+
+Read = tuple[TokenIds, list[TokenIds]]
+"""A pair as token ids: its query; its positive, then its negatives."""
+
+
+def _read(pair: Pair, query: PromptTokenizer, passage: PromptTokenizer, *, instructed: bool, rule: str) -> Read:
+    instruction = pair.instruction if instructed else None
+    tokenizer = query if pair.symmetric else passage
+    texts = [pair.positives[0], *pair.negatives]
+    return query([pair.query], instruction).ids[0], tokenizer(texts, instruction if takes_instruction(pair, rule=rule) else None).ids
+
+
+def _batch(number: int, steps: int, chosen: list[tuple[Pair, TokenIds, list[TokenIds]]], negatives: int) -> TrainingBatch:
+    """Lay a batch out: the positive of each query first, then as many hard negatives as are wanted."""
+    read = [(ids, text) for pair, _, texts in chosen for ids, text in zip(texts[1:], pair.negatives, strict=True)][:negatives]
+    return TrainingBatch(
+        number,
+        tuple(pair for pair, _, _ in chosen),
+        steps,
+        queries=[query for _, query, _ in chosen],
+        candidates=[*(texts[0] for _, _, texts in chosen), *(ids for ids, _ in read)],
+        texts=[*(p.query for p, _, _ in chosen), *(p.positives[0] for p, _, _ in chosen), *(text for _, text in read)],
+    )
+
+
+def _fitting(read: Sequence[Read], batch_tokens: int) -> int:
+    """Return how many of the pairs fit, counting every one as long as the longest text among them; at least one."""
+    longest = 0
+    for count, (query, texts) in enumerate(read):
+        longest = max(longest, len(query), *(len(ids) for ids in texts))
+        if batch_tokens and count and longest * (count + 1) > batch_tokens:
+            return count
+    return len(read)
+
+
+def takes_instruction(pair: Pair, *, rule: str) -> bool:
+    """Whether a pair's passages are read under the query's instruction.
+
+    The released code decides by the words of the instruction: passages of retrieval tasks stay bare.
+    """
+    if rule == "symmetric":
+        return pair.symmetric
+    words = (pair.instruction or "").lower()
+    return "retrieve" not in words or "semantic" in words
+
+
+class BatchLoader:
+    """The batches of one process, from a place in the run on: what a trainer iterates over."""
+
+    def __init__(
+        self, batches: Iterable[list[Pair]], collator: PairCollator, *, first: int, count: int, process: int, processes: int
+    ) -> None:
+        self.batches, self.collator = batches, collator
+        self.first, self.count, self.process, self.processes = first, count, process, processes
+
+    def __len__(self) -> int:
+        """Number of batches in the run, those done included, as trainers count."""
+        return self.count
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield what is left of the run."""
+        for number, pairs in enumerate(self.batches):
+            if number >= self.count:
+                return
+            if number >= self.first:
+                yield {"batch": self.collator(number, pairs, slice(self.process, None, self.processes))}

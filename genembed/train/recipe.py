@@ -1,0 +1,149 @@
+"""Everything that decides a training run, as one frozen value; a recipe is a function that returns one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from genembed.errors import ConfigurationError
+from genembed.settings import ModelSettings
+from genembed.train.objective import Objective
+from genembed.train.pairs import DataFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """A low-rank adapter, saved in the layout that GIRCSE publishes."""
+
+    rank: int = 64
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: tuple[str, ...] | str = "all-linear"
+    """Names of the linear layers, a regular expression of their full names, or all of them."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.rank < 1 or self.alpha < 1:
+            raise ConfigurationError(f"rank={self.rank}, alpha={self.alpha}: both must be at least 1.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigurationError(f"dropout={self.dropout}: must be in [0, 1).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is measured on held-out pairs while training goes on."""
+
+    every: int = 200
+    """Updates between two evaluations."""
+    share: float = 0.01
+    """Share of each file's pairs that is never trained on."""
+    limit: int = 500
+    """Held-out pairs used of each file."""
+    steps: tuple[int, ...] = (1, 3, 5, 10, 20)
+    """K at which quality is measured."""
+    patience: int = 0
+    """Stop after this many evaluations without a better nDCG@10 at the largest K; 0 to run to the end."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.every < 1 or self.limit < 1 or self.patience < 0 or not 0 < self.share < 1:
+            raise ConfigurationError(f"{self}: every and limit must be at least 1, share between 0 and 1, patience not negative.")
+        if not self.steps or min(self.steps) < 0:
+            raise ConfigurationError(f"steps={self.steps}: name at least one K, none below 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run."""
+
+    model: str
+    """Model folder, hub id or built-in name to start from."""
+    settings: ModelSettings | str | None = None
+    """How the model makes an embedding: settings, a preset's name, or None for the folder's own."""
+    files: tuple[DataFile, ...]
+    """Training pairs."""
+    objective: Objective = field(default_factory=Objective)
+    teacher: str | None = None
+    """Model whose in-batch similarities are distilled; None for z_0 of the model itself, where that is frozen."""
+
+    # The batch
+    queries: int = 16
+    """Pairs in a batch of one process."""
+    negatives: int = 1
+    """Hard negatives used of each pair, at most."""
+    one_source: bool = True
+    """Each batch from one file, so that in-batch negatives are of one kind."""
+    query_tokens: int = 256
+    passage_tokens: int = 2048
+    """Longest query and passage; texts are cut from the right, after the template."""
+    length_limits: tuple[int, ...] = ()
+    """If any, each batch draws one of these as a further limit on its texts, so that short and long prompts both occur."""
+    batch_tokens: int = 0
+    """Limit on the longest text of a batch times its pairs: long texts come in smaller batches; 0 for none."""
+    passage_rule: Literal["symmetric", "released"] = "symmetric"
+    """Which passages take the query's instruction: those of symmetric files; or, as the released code decides, those whose
+    instruction does not contain `retrieve`, or contains `semantic`."""
+    instruction_share: float = 1.0
+    """Share of batches that carry instructions; in the others all texts are read bare."""
+
+    # The refinement
+    min_steps: int = 5
+    max_steps: int = 5
+    """K is drawn from this range for every batch; 0 and 0 for one-pass models."""
+
+    # The weights
+    lora: Lora | None = field(default_factory=Lora)
+    """None to train all weights."""
+    fit_head: int = 0
+    """Texts from which the soft-token head of an encoder is started (ridge regression onto each text's mean input embedding)."""
+    learning_rate: float = 1e-5
+    head_learning_rate: float = 2e-5
+    """Of a trained soft-token head: at the adapter's rate it forgets its start, and every text speaks the same token (docs/LOG.md)."""
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.1
+    max_gradient_norm: float = 1.0
+    updates: int
+    """Optimizer steps."""
+    accumulation: int = 1
+    """Batches for each optimizer step."""
+    seed: int = 0
+
+    # Memory and machine
+    chunk: int = 0
+    """Texts that are refined at once under GradCache; 0 refines the whole batch at once."""
+    checkpoint_layers: bool = False
+    """Keep only the inputs of each layer and compute it again in the backward pass."""
+    gather: bool = True
+    """Let the candidates of all processes be negatives for each other."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the forward pass (automatic mixed precision); weights and loss stay in float32."""
+
+    # What is kept
+    evaluation: Evaluation | None = None
+    save_every: int = 200
+    keep: int = 2
+    """Checkpoints kept for resuming; older ones are removed."""
+    log_every: int = 10
+    report_to: tuple[str, ...] = ()
+    """Trackers that Transformers knows: tensorboard, wandb, mlflow, trackio, ..."""
+    served: ModelSettings | None = None
+    """Settings written beside the weights, where they differ from those of the training."""
+
+    def __post_init__(self) -> None:
+        """Check the values that no other part checks."""
+        if not self.files:
+            raise ConfigurationError("files: name at least one file of pairs.")
+        for name in ("queries", "query_tokens", "passage_tokens", "updates", "accumulation", "save_every", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name}={getattr(self, name)}: must be at least 1.")
+        for name in ("negatives", "batch_tokens", "chunk", "fit_head", "min_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ConfigurationError(f"{name}={getattr(self, name)}: must not be negative.")
+        if self.max_steps < self.min_steps:
+            raise ConfigurationError(f"min_steps={self.min_steps}, max_steps={self.max_steps}: the range of K is empty.")
+        if not 0 <= self.instruction_share <= 1:
+            raise ConfigurationError(f"instruction_share={self.instruction_share}: must be in [0, 1].")
+        if self.passage_rule not in ("symmetric", "released"):
+            raise ConfigurationError(f"passage_rule={self.passage_rule!r}: choose symmetric or released.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ConfigurationError(f"dtype={self.dtype!r}: choose float32 or bfloat16.")

@@ -1,0 +1,157 @@
+"""One training run from a recipe to a model folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from genembed.errors import ConfigurationError
+from genembed.settings import ModelSettings
+from genembed.tokens import TokenIds
+from genembed.train.batches import BatchStream, held_out_pairs
+from genembed.train.callbacks import BEST, History, KeepBest, ProgressBar
+from genembed.train.collate import BatchLoader, PairCollator
+from genembed.train.head import fit_head
+from genembed.train.heldout import HeldOut
+from genembed.train.model import TrainableEmbedder, build
+from genembed.train.overlap import TextFilter
+from genembed.train.pairs import BadRows
+from genembed.train.recipe import Recipe
+from genembed.train.teacher import FrozenTeacher, check_own_start
+from genembed.train.trainer import StepwiseTrainer, complete_checkpoint
+
+RECIPE_FILE = "recipe.json"
+
+_FREE = ("updates", "save_every", "keep", "log_every", "report_to")
+"""What may change between a run and its continuation."""
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    recipe: Recipe, output: Path, *, resume: bool = False, strict: bool = False, exclude: TextFilter | None = None
+) -> TrainableEmbedder:
+    """Train a model and write it to a folder that `genembed.load` reads.
+
+    The folder also gets the recipe, the curves (`history.csv`, `curves.png`) and, while the run lasts, its newest checkpoints.
+
+    Args:
+        recipe: The run.
+        output: Folder of the run and of the model; created.
+        resume: Go on from the newest complete checkpoint of the folder; the losses are those of an unbroken run on CPU.
+        strict: Stop at the first bad row instead of counting it.
+        exclude: Texts that must not be trained on.
+
+    Returns:
+        The trained model: the best one on held-out pairs where the recipe's evaluation has a patience, else the last one.
+
+    Raises:
+        ConfigurationError: If the recipe cannot work, or the folder holds another run.
+        TrainingError: If a checkpoint cannot be written.
+        NonFiniteError: If the loss stops being finite; the batch is kept for inspection.
+    """
+    checkpoint = _prepare(recipe, output, resume=resume)
+    set_seed(recipe.seed)
+    model = build(recipe)
+    if recipe.objective.needs_teacher and recipe.teacher is None:
+        check_own_start(model.settings)
+    collator, bad = PairCollator(recipe, model.tokenizer, model.settings), BadRows()
+    if recipe.fit_head and checkpoint is None:
+        fit_head(model, _texts(recipe, collator))
+    trainer = _trainer(recipe, model, collator, output, checkpoint, bad, strict=strict, exclude=exclude)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    if bad.total:
+        log.warning("%s", bad.report())
+    if recipe.evaluation is not None and recipe.evaluation.patience and (output / BEST).is_dir():
+        model.restore(output / BEST)
+    if trainer.args.should_save:
+        model.save(output, recipe.served or model.settings)
+    return model.eval()
+
+
+def _prepare(recipe: Recipe, output: Path, *, resume: bool) -> Path | None:
+    """Check the run's folder; return the checkpoint to go on from."""
+    path, value = output / RECIPE_FILE, recipe_json(recipe)
+    checkpoint = complete_checkpoint(output) if output.is_dir() else None
+    if checkpoint is not None and not resume:
+        raise ConfigurationError(f"{output} holds a run ({checkpoint.name}); go on with --resume, or choose another folder.")
+    if checkpoint is not None and path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(name for name in value if name not in _FREE and before.get(name) != value[name])
+        if changed:
+            raise ConfigurationError(f"{output}: the run was started with another {', '.join(changed)}; choose another folder.")
+    output.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    return checkpoint
+
+
+def recipe_json(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as the object that is written beside the model."""
+
+    def plain(value: Any) -> Any:
+        return value.to_json() if isinstance(value, ModelSettings) else value
+
+    flat = {name: plain(getattr(recipe, name)) for name in asdict(replace(recipe, settings=None, served=None))}
+    nested = asdict(replace(recipe, settings=None, served=None))
+    result: dict[str, Any] = json.loads(json.dumps({**nested, "settings": flat["settings"], "served": flat["served"]}))
+    return result
+
+
+def _trainer(
+    recipe: Recipe,
+    model: TrainableEmbedder,
+    collator: PairCollator,
+    output: Path,
+    checkpoint: Path | None,
+    bad: BadRows,
+    *,
+    strict: bool,
+    exclude: TextFilter | None,
+) -> StepwiseTrainer:
+    held_out = None
+    if recipe.evaluation is not None:
+        every = replace(recipe, min_steps=0, max_steps=0, batch_tokens=0, length_limits=())
+        held_out = HeldOut(
+            held_out_pairs(recipe.files, share=recipe.evaluation.share, limit=recipe.evaluation.limit, exclude=exclude),
+            PairCollator(every, model.tokenizer, model.settings),
+            recipe.evaluation,
+        )
+
+    def loader(process: int, processes: int) -> BatchLoader:
+        stream = BatchStream(
+            recipe.files,
+            batch_size=recipe.queries * processes,
+            one_source=recipe.one_source,
+            negatives=recipe.negatives,
+            seed=recipe.seed,
+            held_out=recipe.evaluation.share if recipe.evaluation is not None else 0.0,
+            exclude=exclude,
+            strict=strict,
+            bad=bad,
+        )
+        first = 0 if checkpoint is None else int(checkpoint.name.split("-")[1]) * recipe.accumulation
+        count = recipe.updates * recipe.accumulation
+        return BatchLoader(stream, collator, first=first, count=count, process=process, processes=processes)
+
+    teacher = FrozenTeacher(recipe.teacher, device=str(model.backbone.device)) if recipe.teacher is not None else None
+    trainer = StepwiseTrainer(model, recipe, loader, held_out, output, teacher)
+    trainer.add_callback(ProgressBar())
+    trainer.add_callback(History(output))
+    if held_out is not None:
+        trainer.add_callback(KeepBest(model, recipe, output, held_out.headline))
+    return trainer
+
+
+def _texts(recipe: Recipe, collator: PairCollator) -> list[TokenIds]:
+    """Return prompts of the first batches, as many as the head is started from."""
+    prompts: list[TokenIds] = []
+    for number, pairs in enumerate(BatchStream(recipe.files, batch_size=recipe.queries, one_source=recipe.one_source, seed=recipe.seed)):
+        prompts += collator(number, pairs).prompts
+        if len(prompts) >= recipe.fit_head:
+            break
+    return prompts[: recipe.fit_head]

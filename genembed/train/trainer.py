@@ -1,0 +1,253 @@
+"""Transformers' Trainer with our loss, our checkpoints and our evaluation; its loop is untouched."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from genembed.errors import ConfigurationError, NonFiniteError, TrainingError
+from genembed.train.collate import BatchLoader, TrainingBatch
+from genembed.train.gather import gather_across_processes
+from genembed.train.gradcache import cached_loss
+from genembed.train.heldout import HeldOut
+from genembed.train.model import TrainableEmbedder
+from genembed.train.objective import ObjectiveValue, Teacher
+from genembed.train.recipe import Recipe
+from genembed.train.teacher import FrozenTeacher
+
+STAGING = ".incomplete"
+BAD_BATCH = "bad_batch.json"
+
+
+class StepwiseTrainer(Trainer):
+    """Trains a `TrainableEmbedder` with the stepwise objective.
+
+    Args:
+        model: What is trained.
+        recipe: The run.
+        loader: Gives the batches of one of several processes, from its number and theirs.
+        held_out: What is evaluated while training, or None.
+        output: Folder of the run.
+        teacher: Embeds the texts for distillation; None for z_0 of the model.
+    """
+
+    def __init__(
+        self,
+        model: TrainableEmbedder,
+        recipe: Recipe,
+        loader: Callable[[int, int], BatchLoader],
+        held_out: HeldOut | None,
+        output: Path,
+        teacher: FrozenTeacher | None = None,
+    ) -> None:
+        self.embedder, self.recipe, self.loader, self.held_out = model, recipe, loader, held_out
+        self.run_folder, self.teacher = output, teacher
+        # A mask of false negatives means nothing for scored pairs.
+        self.scored_objective = replace(recipe.objective, false_negative_margin=None)
+        self._parts: dict[str, float] = {}
+        arguments = _arguments(recipe, output, evaluate=held_out is not None)
+        super().__init__(model=model, args=arguments, train_dataset=[0], eval_dataset=[0])
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, to be divided by the accumulated batches
+        for theirs in (PrinterCallback, ProgressCallback):
+            self.remove_callback(theirs)
+
+    def get_train_dataloader(self) -> Any:
+        """Return our batches as they are: they are split over processes already."""
+        return self.loader(self.args.process_index, self.args.world_size)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Tensor:
+        """Return the objective of one batch; stop the run at a loss that is not finite."""
+        batch: TrainingBatch = inputs["batch"]
+        if self.recipe.chunk:
+            loss = self._cached(model, batch)
+        else:
+            refined = model(batch.prompts, batch.steps)
+            loss = self._objective(refined.vectors, refined.start, batch).total
+        self._check_finite(loss, batch)
+        return loss
+
+    def _cached(self, model: Any, batch: TrainingBatch) -> Tensor:
+        prompts = batch.prompts
+        starts: dict[int, Tensor] = {}
+
+        def embed(span: slice) -> Tensor:
+            refined = model(prompts[span], batch.steps)
+            starts.setdefault(span.start, refined.start.detach())
+            return cast("Tensor", refined.vectors)
+
+        def loss(vectors: Tensor) -> Tensor:
+            start = torch.cat([starts[place] for place in sorted(starts)])
+            return self._objective(vectors, start, batch).total
+
+        no_sync = getattr(model, "no_sync", contextlib.nullcontext)
+        return cached_loss(embed, len(prompts), self.recipe.chunk, loss, no_sync=no_sync)
+
+    def _objective(self, vectors: Tensor, start: Tensor, batch: TrainingBatch) -> ObjectiveValue:
+        count = len(batch.queries)
+        queries, candidates = vectors[:count], vectors[count:]
+        scores = [pair.score for pair in batch.pairs if pair.score is not None]
+        objective = self.scored_objective if scores else self.recipe.objective
+        teacher = self._taught(start, batch) if objective.needs_teacher else None
+        if scores:
+            known = torch.tensor(scores, dtype=vectors.dtype, device=vectors.device)
+            value = objective(queries, candidates, scores=known, teacher=teacher)
+        else:
+            positives = torch.arange(count, device=vectors.device)
+            if self.recipe.gather and self.args.world_size > 1:
+                candidates, positives, teacher = _gathered(candidates, positives, teacher, self.args.process_index)
+            value = objective(queries, candidates, positives=positives, teacher=teacher)
+        self._note(value)
+        return value
+
+    def _taught(self, start: Tensor, batch: TrainingBatch) -> Teacher:
+        """Return the teacher's embeddings of a batch."""
+        count = len(batch.queries)
+        known = start.detach() if self.teacher is None else self.teacher(batch.texts)
+        return Teacher(known[:count], known[count:])
+
+    def _note(self, value: ObjectiveValue) -> None:
+        """Keep the parts of the loss for the next log line."""
+        if not torch.is_grad_enabled():
+            return
+        for name, part in value.parts.items():
+            numbers = part.detach().flatten().tolist()
+            if len(numbers) == 1:
+                self._parts[name] = numbers[0]
+            else:
+                self._parts[f"{name}_first"], self._parts[f"{name}_last"] = numbers[0], numbers[-1]
+
+    def _check_finite(self, loss: Tensor, batch: TrainingBatch) -> None:
+        if bool(torch.isfinite(loss)):
+            return
+        path = self.run_folder / BAD_BATCH
+        value = {"batch": batch.number, "steps": batch.steps, "loss": str(loss.item()), "pairs": [asdict(pair) for pair in batch.pairs]}
+        path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        raise NonFiniteError(
+            f"the loss of batch {batch.number} is {loss.item()}; its texts are in {path}. A smaller learning rate or a higher "
+            "temperature usually cures it; the last complete checkpoint is untouched."
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss to what Transformers logs."""
+        if "loss" in logs:
+            logs = {**logs, **self._parts}
+        super().log(logs, start_time)
+
+    def evaluate(self, *_arguments: Any, metric_key_prefix: str = "eval", **_options: Any) -> dict[str, float]:
+        """Measure quality on held-out pairs at every K of the recipe."""
+        if self.held_out is None:
+            return {}
+        self.embedder.eval()
+        values = self.held_out.measure(self.embedder.backbone)
+        self.embedder.train()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the model's own folder format; no pickled arguments."""
+        if self.args.should_save:
+            self.embedder.save(Path(output_dir or self.run_folder), self.recipe.served or self.embedder.settings)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.embedder.restore(Path(resume_from_checkpoint))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # Checkpoints are written here and renamed once complete.
+        return str(self.run_folder / STAGING)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint that is complete or absent."""
+        name = f"checkpoint-{self.state.global_step}"
+        staged, final = self.run_folder / STAGING / name, self.run_folder / name
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                _publish(staged, final)
+        except OSError as error:
+            shutil.rmtree(self.run_folder / STAGING, ignore_errors=True)
+            reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+            raise TrainingError(
+                f"checkpoint {final} could not be written: {reason}. Earlier checkpoints are untouched; make room and start again with "
+                "--resume."
+            ) from error
+        if self.args.should_save:
+            rotate_checkpoints(output_dir=str(self.run_folder), save_total_limit=self.recipe.keep, use_mtime=True)
+
+
+def complete_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint of a run, removing what a killed run left half written."""
+    shutil.rmtree(folder / STAGING, ignore_errors=True)
+    numbered = [(int(path.name.split("-")[1]), path) for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    return max(numbered)[1] if numbered else None
+
+
+def _publish(staged: Path, final: Path) -> None:
+    """Make a written folder durable, and give it its name in one step."""
+    for path in [*staged.rglob("*"), staged]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    if final.exists():  # a run that was resumed before this checkpoint
+        shutil.rmtree(final)
+    staged.rename(final)
+    parent = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
+
+
+def _gathered(candidates: Tensor, positives: Tensor, teacher: Teacher | None, process: int) -> tuple[Tensor, Tensor, Teacher | None]:
+    """Join the candidates of all processes; this process's positives move behind those of the processes before it."""
+    joined = gather_across_processes(candidates)
+    if teacher is not None:
+        teacher = Teacher(teacher.queries, gather_across_processes(teacher.candidates[:, None])[:, 0])
+    return joined, positives + process * len(candidates), teacher
+
+
+def _arguments(recipe: Recipe, output: Path, *, evaluate: bool) -> TrainingArguments:
+    evaluation = recipe.evaluation
+    if recipe.dtype == "bfloat16" and not (torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability().startswith("AVX512")):
+        raise ConfigurationError("dtype='bfloat16': this machine has no fast bfloat16; use float32.")
+    return TrainingArguments(
+        output_dir=str(output),
+        max_steps=recipe.updates,
+        per_device_train_batch_size=recipe.queries,
+        gradient_accumulation_steps=recipe.accumulation,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        warmup_steps=round(recipe.warmup_ratio * recipe.updates),
+        lr_scheduler_type="cosine",
+        max_grad_norm=recipe.max_gradient_norm,
+        bf16=recipe.dtype == "bfloat16",
+        seed=recipe.seed,
+        logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=evaluation.every if evaluation is not None else None,
+        save_strategy="steps",
+        save_steps=recipe.save_every,
+        ignore_data_skip=True,  # our loader starts where the run stopped
+        report_to=list(recipe.report_to),
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+    )
