@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -24,13 +24,23 @@ _BLOCK = 4096
 
 
 class SoftTokenHead(nn.Module):
-    """The head of an encoder that has none of its own: one linear layer and a layer norm before the tied output embeddings."""
+    """The head of an encoder that has none of its own: one linear layer and a layer norm before the tied output embeddings.
 
-    def __init__(self, hidden: int, vocab: int) -> None:
+    Args:
+        hidden: Length of a hidden state.
+        vocab: Tokens of the model.
+        tokens: Ids of the tokens it can speak, ascending; all if None. The two products with the vocabulary are most of a small
+            model's step, and most of a vocabulary is never spoken.
+    """
+
+    tokens: Int[Tensor, "spoken"] | None
+
+    def __init__(self, hidden: int, vocab: int, tokens: Int[Tensor, "spoken"] | None = None) -> None:
         super().__init__()
         self.dense = nn.Linear(hidden, hidden)
         self.norm = nn.LayerNorm(hidden)
-        self.bias = nn.Parameter(torch.zeros(vocab))
+        self.bias = nn.Parameter(torch.zeros(vocab if tokens is None else len(tokens)))
+        self.register_buffer("tokens", tokens)
 
     def forward(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
         """Move a last hidden state into the space of the output embeddings."""
@@ -44,7 +54,7 @@ class LogitHead:
     weight: Float[Tensor, "vocab hidden"]
     bias: Float[Tensor, "vocab"] | None = None
     transform: Callable[[Tensor], Tensor] | None = None
-    finish: Scores = Scores()
+    finish: Scores = field(default_factory=Scores)
     """What comes after the product."""
 
     def prepare(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
@@ -102,7 +112,8 @@ class Backbone:
         self.trained_head = head
         self.has_head = has_head
         table: Tensor = self.embedding.weight  # type: ignore[assignment]
-        self.head = LogitHead(table, bias=head.bias, transform=head) if head is not None else LogitHead.of(model)
+        self.spoken = table if head is None or head.tokens is None else table[head.tokens].detach()
+        self.head = LogitHead(self.spoken, bias=head.bias, transform=head) if head is not None else LogitHead.of(model)
         if table.shape[1] != self.hidden_size:
             raise ConfigurationError(
                 f"{type(model).__name__}: its input embeddings have {table.shape[1]} dimensions and its states {self.hidden_size}; a soft "
@@ -226,7 +237,7 @@ class Backbone:
         """Turn last hidden states into the next input: a soft token (GIRCSE, equations 5 and 6) or a hard one."""
         embeddings = self._recomputed(hidden) if torch.is_grad_enabled() else None
         if self.settings.tokens == "hard":
-            hard = hard_token(self.head(hidden.detach()), self.table)
+            hard = hard_token(self.head(hidden.detach()), self.spoken)
             embeddings = hard if embeddings is None else straight_through(hard, embeddings)
         elif embeddings is None:
             embeddings = self._blocked(hidden)
@@ -247,7 +258,7 @@ class Backbone:
     @cached_property
     def _vocabulary_blocks(self) -> list[tuple[Product, Product]]:
         """For each block of the vocabulary, its product with the head's weight and its product with the input embeddings."""
-        head, table = self.head, self.table
+        head, table = self.head, self.spoken
         product, mix = (cpu.packed_product, _packed_mix) if self._vocabulary_is_packed else (_plain_product, _plain_mix)
         spans = [slice(start, start + _BLOCK) for start in range(0, len(table), _BLOCK)]
         return [(product(head.weight[span], None if head.bias is None else head.bias[span]), mix(table[span])) for span in spans]
@@ -258,7 +269,7 @@ class Backbone:
             head.prepare(hidden),
             head.weight,
             head.bias,
-            self.table,
+            self.spoken,
             temperature=self.settings.temperature,
             scores=head.finish,
             block=_BLOCK,

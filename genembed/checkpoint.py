@@ -175,14 +175,25 @@ def _load_head(source: Source, model: PreTrainedModel) -> SoftTokenHead | None:
     if source.head is None:
         return None
     table: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    head = SoftTokenHead(table.shape[1], table.shape[0])
     try:
-        head.load_state_dict(load_file(source.head))
-    except (RuntimeError, SafetensorError, OSError) as error:
+        state = load_file(source.head)
+        head = SoftTokenHead(table.shape[1], table.shape[0], _spoken_tokens(state.get("tokens"), len(table)))
+        head.load_state_dict(state)
+    except (RuntimeError, SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{source.head}: does not fit a model with {table.shape[0]} tokens of {table.shape[1]} dimensions: {error}"
         ) from error
     return head.to(table.dtype)
+
+
+def _spoken_tokens(tokens: Tensor | None, vocab: int) -> Tensor | None:
+    """Check the ids that a head can speak."""
+    if tokens is None:
+        return None
+    ascending = tokens.dtype == torch.long and tokens.dim() == 1 and len(tokens) > 0 and bool((tokens.diff() > 0).all())
+    if not ascending or int(tokens[0]) < 0 or int(tokens[-1]) >= vocab:
+        raise ValueError(f"tokens must be ascending ids below {vocab}")
+    return tokens
 
 
 def _device(device: str) -> torch.device:

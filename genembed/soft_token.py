@@ -96,7 +96,7 @@ def _online_average(
 class Scores:
     """From hidden states to the logits of a block of the vocabulary: a product, then what some families do to it.
 
-        logits = softcap tanh(scale (h W^T + b) / softcap)
+    logits = softcap tanh(scale (h W^T + b) / softcap)
     """
 
     scale: float = 1.0

@@ -97,7 +97,9 @@ def _download(repo_id: str, *, offline: bool) -> Path:
         )
         raise CheckpointError(f"{repo_id}: not found in the local cache{reason}; {way_out}, or pass a local folder.") from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(f"{repo_id}: cannot be taken from the hub; check the name and your access to it, or pass a local folder. ({error})") from error
+        raise CheckpointError(
+            f"{repo_id}: cannot be taken from the hub; check the name and your access to it, or pass a local folder. ({error})"
+        ) from error
 
 
 def _settings(folder: Path | None, preset: str | ModelSettings | None, name: str) -> ModelSettings:

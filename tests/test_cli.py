@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
+import doubles
 import genembed
-from genembed import ConvergeStop, FixedSteps, cli
+from genembed import ConvergeStop, FixedSteps, NonFiniteError, OutOfMemoryError, cli
 from genembed.cli.embedding import _adapter_parameters
 from genembed.docstrings import docstrings
+from genembed.engine import Engine
 from genembed.index import demo
 
 HALT = ConvergeStop(threshold=0.95, max_steps=6)
@@ -212,6 +214,20 @@ def test_a_text_that_cannot_be_embedded_is_refused_with_its_row(
     assert [path.name for path in tmp_path.iterdir()] == ["t.jsonl"]
 
 
+@pytest.mark.parametrize("kind", [NonFiniteError, OutOfMemoryError])
+def test_a_text_that_fails_in_the_engine_is_named_by_its_line(
+    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[NonFiniteError] | type[OutOfMemoryError]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise kind("row 1: it does not work.", row=1)
+
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n')
+    monkeypatch.setattr(Engine, "run", fail)
+    refused(run("embed", tmp_path / "t.jsonl", "-o", tmp_path / "v.npy", "-m", model), "t.jsonl, line 3: row 1: it does not work.")
+    refused(run("index", tmp_path / "t.jsonl", "-o", tmp_path / "x", "-m", model), "t.jsonl:3: row 1: it does not work.")
+    assert [path.name for path in tmp_path.iterdir()] == ["t.jsonl"]
+
+
 MISTAKES: list[tuple[str, list[str]]] = [
     ("embed TEXTS -o v.npy --steps 3 --threshold 0.9", ["--steps 3 and --threshold 0.9 both say when to stop"]),
     ("embed TEXTS -o v.npy -m MODEL --steps -1", ["steps=-1", "at least 0"]),
@@ -309,6 +325,25 @@ def test_search_uses_the_model_and_reports_the_steps_of_the_query(run: Run, sear
     assert outcome.err.startswith("1 of 3 passages, 3 steps, ")
 
 
+def test_search_loads_the_model_as_the_index_was_built_with_it(
+    run: Run, folder_of: Callable[[str], Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = shutil.copytree(folder_of("qwen2"), tmp_path / "base")
+    (base / "genembed.json").unlink()
+    doubles.save_adapter(base, tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    options = ["-m", "base", "--adapter", "adapter", "--preset", "laser"]
+    assert run("index", texts, "-o", "x", *options).code == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = run("search", "../x", "fasting glucose", "--json").json["hits"]
+    assert (found[0]["text"], found[0]["score"]) == ("fasting glucose", pytest.approx(1.0, abs=1e-5))
+    base.rename(tmp_path / "moved")
+    assert run("search", "../x", "fasting glucose", "-m", "../moved", "--json").json["hits"] == found
+    refused(run("search", "../x", "fasting glucose", "-m", "../moved", "--preset", "gircse"), "made by the model", "--overwrite")
+    refused(run("search", "../x", "fasting glucose", "-m", "../moved", "--adapter", "../moved"), "not an adapter folder")
+
+
 def test_index_reports_what_it_built(run: Run, model: Path, texts: Path, tmp_path: Path) -> None:
     built = run("index", texts, "-o", tmp_path / "x", "-m", model, "--steps", 2, "--instruction", "Find", "--json").json
     assert (built["rows"], built["dimensions"], built["steps"], built["halt"], built["instruction"]) == (
@@ -369,6 +404,18 @@ def test_the_demo_measures_what_it_shows_and_uses_its_index_again(run: Run, mode
     for query, hit in [(answer["query"], answer["hits"][0]) for answer in first["answers"]]:
         assert query in second.out
         assert f"  {hit['score']:.3f}  {hit['reference']}" in second.out
+
+
+def test_the_comparison_of_the_demo_shows_how_far_it_is(
+    model: Path, small_demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bar = demo.tqdm
+    monkeypatch.setattr(demo, "tqdm", lambda items, **options: bar(items, **options | {"delay": 0, "mininterval": 0}))
+    demo.run(genembed.load(model), rows=3, folder=None, quiet=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "comparing: 100%" in captured.err
+    assert "4/4" in captured.err
 
 
 def test_a_smaller_demo_keeps_functions_and_classes_and_methods_of_all_modules() -> None:

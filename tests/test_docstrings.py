@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import genembed.docstrings
 from genembed.docstrings import docstrings, standard_library
 
 SOURCE = '''
@@ -94,6 +95,18 @@ def test_the_library_is_walked_without_tests_and_private_modules_and_functions_c
     (tmp_path / "_pydatetime.py").write_text('def now(): "Now."')
     found = [item.name for item in standard_library(tmp_path)]
     assert found == ["datetime.now", "b.f", "a.f", "a.part.f", "b.C", "a.C", "a.part.C", "b.C.m", "a.C.m", "a.part.C.m"]
+
+
+def test_the_reading_of_the_library_shows_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.py").write_text('def f(): "F."')
+    bar = genembed.docstrings.tqdm
+    monkeypatch.setattr(genembed.docstrings, "tqdm", lambda items, **options: bar(items, **options | {"delay": 0, "mininterval": 0}))
+    standard_library(tmp_path)
+    assert capsys.readouterr().err == ""
+    standard_library(tmp_path, show_progress_bar=True)
+    assert "reading: 100%" in capsys.readouterr().err
 
 
 def test_the_running_library_has_thousands_of_docstrings_each_name_once() -> None:

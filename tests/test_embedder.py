@@ -264,5 +264,5 @@ def test_the_class_of_a_rule_is_no_rule(embedder_of: Callable[..., Embedder]) ->
 
 
 def test_a_repository_name_that_cannot_be_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="not found"):
+    with pytest.raises(CheckpointError, match="foo/bar baz: cannot be taken from the hub; check the name"):
         load("foo/bar baz")

@@ -115,8 +115,11 @@ def test_memory_that_runs_out_while_prompts_are_read_splits_the_batch_too(monkey
 def test_a_single_row_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """text-embeddings-inference loops for ever on an input that can never fit (its issues 694 and 723)."""
     out_of_memory_above(0, MemoryError)(monkeypatch)
-    with pytest.raises(OutOfMemoryError, match=r"row 102: one text of 12 tokens does not fit .*use a smaller max_length, a smaller model"):
+    with pytest.raises(
+        OutOfMemoryError, match=r"row 102: one text of 12 tokens does not fit .*use a smaller max_length, a smaller model"
+    ) as large:
         run(Engine(doubles.backbone("qwen2"), ONE_BATCH), prompts=PROMPTS[:3], rule=FixedSteps(2), first_row=100)
+    assert large.value.row == 102
 
 
 def test_an_error_that_has_nothing_to_do_with_memory_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,8 +153,11 @@ def test_a_vector_that_is_not_finite_is_an_error_that_names_its_row() -> None:
     prompts = [*PROMPTS, np.array([4, 5, 6])]
     token = next(number for number in range(3, doubles.VOCAB) if all(number not in ids for ids in PROMPTS))
     prompts[7] = np.array([4, token])
-    with pytest.raises(NonFiniteError, match=r"row 57: the embedding is not finite or is zero after 0 steps; check the model's weights"):
+    with pytest.raises(
+        NonFiniteError, match=r"row 57: the embedding is not finite or is zero after 0 steps; check the model's weights"
+    ) as bad:
         run(Engine(poisoned(token)), FixedSteps(0), prompts, first_row=50)
+    assert bad.value.row == 57
     assert len(run(Engine(poisoned(token)), FixedSteps(0), PROMPTS)) == 7
 
 

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import doubles
 import genembed.index
-from genembed import CheckpointError, ConfigurationError, Embedder, FixedSteps, InputError, MissingExtraError, load
+from genembed import CheckpointError, ConfigurationError, Embedder, FixedSteps, InputError, MissingExtraError, ModelSettings, load
 from genembed.index import Index, Passage, fingerprint, read_passages
 from genembed.index.passages import beginning_of, split_prose
 
@@ -50,6 +51,26 @@ def test_the_description_says_what_made_the_index(built: Index, bert: Embedder) 
     assert (made.halt, made.instruction, made.fingerprint) == ("FixedSteps(steps=3)", None, fingerprint(bert))
     assert made.seconds > 0
     assert len(Index.open(built.folder)) == len(TEXTS)
+
+
+def test_the_description_says_how_the_model_was_loaded(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    base = folder_of("qwen2")
+    adapter = doubles.save_adapter(base, tmp_path / "adapter")
+    settings = ModelSettings(halt=FixedSteps(2), special_tokens=(("<s>",), ()))
+    for preset in (None, "laser", settings):
+        Index.build(tmp_path / "x", load(base, adapter=adapter, preset=preset), PASSAGES[:2], overwrite=True)
+        made = Index.open(tmp_path / "x").description
+        assert (made.model, made.adapter, made.model_settings) == (str(base), str(adapter), preset)
+        Index.open(tmp_path / "x").check(load(made.model, adapter=made.adapter, preset=made.model_settings))
+
+
+def test_an_index_of_before_the_adapter_was_noted_still_opens(built: Index, tmp_path: Path) -> None:
+    shutil.copytree(built.folder, tmp_path / "old")
+    path = tmp_path / "old" / "genembed-index.json"
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in known.items() if name not in ("adapter", "preset")}))
+    assert Index.open(tmp_path / "old").description == built.description
+    assert (built.description.adapter, built.description.model_settings) == (None, None)
 
 
 def test_an_index_that_was_moved_still_works(built: Index, bert: Embedder, tmp_path: Path) -> None:

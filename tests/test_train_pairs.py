@@ -329,9 +329,13 @@ def test_a_data_set_of_the_hub_is_streamed_from_the_split_that_is_named(
         asked.append((name, split, streaming))
         return datasets.Dataset.from_list([{**row, "vector": [1.0]} for row in ROWS]).to_iterable_dataset()
 
+    columns: list[list[str]] = []
+    select = datasets.IterableDataset.select_columns
+    monkeypatch.setattr(datasets.IterableDataset, "select_columns", lambda table, names: columns.append(names) or select(table, names))
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert pairs_of(f"hf:owner/name{split}", name="t") == pairs_of(written(tmp_path / "t.jsonl", ROWS))
     assert asked == [("owner/name", expected, True)]
+    assert columns == [list(ROWS[0])]
 
 
 def test_a_streamed_data_set_that_does_not_tell_its_columns_is_read_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,7 +373,9 @@ def test_what_is_no_data_file_is_refused_with_the_way_out(tmp_path: Path) -> Non
         pairs_of(written(tmp_path / "t.parquet", ["PAR1 not really"]))
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-12], lambda content: b"plain", lambda content: content[:30] + b"\0" * 30])
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:-12], lambda content: b"plain", lambda content: content[:10] + b"\x07" + content[11:]]
+)
 def test_a_broken_gzip_file_is_an_error_and_not_a_short_file(tmp_path: Path, damage: Any) -> None:
     path = written(tmp_path / "t.jsonl.gz", [bge(str(number)) for number in range(1000)])
     path.write_bytes(damage(path.read_bytes()))

@@ -74,9 +74,9 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_a_run_learns_and_leaves_a_folder_that_load_reads(recipe: Recipe, tmp_path: Path) -> None:
-    model = train(replace(recipe, updates=40, save_every=40), tmp_path / "run")
+    model = train(replace(recipe, updates=120, save_every=120), tmp_path / "run")
     found = losses(tmp_path / "run")
-    assert np.mean(found[-8:]) < 0.9 * np.mean(found[:8])  # measured: 0.75
+    assert np.mean(found[-20:]) < 0.75 * np.mean(found[:20])  # measured: 0.55
     loaded = genembed.load(tmp_path / "run")
     texts = ["refine vector claim", "business trip"]
     with torch.no_grad():
@@ -284,7 +284,7 @@ def test_a_teacher_that_moves_is_refused(recipe: Recipe, tmp_path: Path) -> None
 def test_an_adapter_is_not_trained_once_more(recipe: Recipe, tmp_path: Path) -> None:
     train(recipe, tmp_path / "run")
     with pytest.raises(ConfigurationError, match=r"is an adapter already; train from its base model"):
-        build(replace(recipe, model=str(tmp_path / "run")))
+        build(replace(recipe, model=str(tmp_path / "run")), lambda _tokenizer: [])
 
 
 _SCRIPT = """
@@ -318,4 +318,4 @@ def test_two_processes_learn_as_one_with_the_joined_batch(recipe: Recipe, pairs:
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("two", "one"))
     for name, weight in first.items():
-        torch.testing.assert_close(weight, second[name], rtol=0, atol=1e-5)
+        torch.testing.assert_close(weight, second[name], rtol=0, atol=1e-4)  # Adam divides by small numbers

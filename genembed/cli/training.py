@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain
@@ -137,17 +138,18 @@ def _is_first_process() -> bool:
 
 
 def _report(recipe: Recipe, output: Path, seconds: float, *, merged: bool, as_json: bool) -> None:
-    update, scores = _held_out_scores(output)
+    history = _history(output)
+    updates, (update, scores) = max(history), _scores(history, _kept_update(recipe, output))
     summary = {
         "output": str(output),
         "merged": str(output / _MERGED) if merged else None,
         "model": recipe.model,
-        "updates": recipe.updates,
+        "updates": updates,
         "seconds": seconds,
-        "evaluated_at": update,
+        "scored_update": update,
         "scores": scores,
     }
-    lines = [f"{output}: {recipe.model} trained for {recipe.updates} updates, {seconds:.1f} s"]
+    lines = [f"{output}: {recipe.model} trained for {updates} updates, {seconds:.1f} s"]
     if merged:
         lines.append(f"{output / _MERGED}: the same model in full weights")
     if scores:
@@ -155,14 +157,30 @@ def _report(recipe: Recipe, output: Path, seconds: float, *, merged: bool, as_js
     print_result(summary, "\n".join(lines), as_json=as_json)
 
 
-def _held_out_scores(output: Path) -> tuple[int | None, dict[str, float]]:
-    """Return the last scores in a run's history, by name, and the update they were measured at."""
+def _history(output: Path) -> dict[int, dict[str, str]]:
+    """Return a run's history by update."""
     from genembed.train.callbacks import HISTORY
 
     with (output / HISTORY).open(newline="", encoding="utf-8") as file:
-        rows = [
-            (row["step"], {name.removeprefix(_SCORE): value for name, value in row.items() if name.startswith(_SCORE) and value})
-            for row in csv.DictReader(file)
-        ]
-    measured = [(int(step), {name: float(value) for name, value in scores.items()}) for step, scores in rows if scores]
-    return measured[-1] if measured else (None, {})
+        return {int(row["step"]): row for row in csv.DictReader(file)}
+
+
+def _kept_update(recipe: Recipe, output: Path) -> int | None:
+    """Return the update whose weights were kept as the best; None if those of the last one are."""
+    from genembed.train.callbacks import BEST
+
+    if recipe.evaluation is None or not recipe.evaluation.patience:
+        return None
+    step: int = json.loads((output / BEST / "score.json").read_text(encoding="utf-8"))["step"]
+    return step
+
+
+def _scores(history: Mapping[int, Mapping[str, str]], update: int | None) -> tuple[int | None, dict[str, float]]:
+    """Return the held-out scores of an update, of the last one that has any if None, after its number."""
+    measured = {
+        step: {name.removeprefix(_SCORE): float(value) for name, value in row.items() if name.startswith(_SCORE) and value}
+        for step, row in history.items()
+    }
+    if update is None:
+        update = max((step for step, scores in measured.items() if scores), default=None)
+    return update, {} if update is None else measured[update]

@@ -180,9 +180,9 @@ class Index:
         if fingerprint(embedder) != self.description.fingerprint:
             other = f"{_absolute(embedder.source.name)!r} ({embedder.get_embedding_dimension()} dimensions)"
             raise ConfigurationError(
-                f"{self.folder}: made by the model {self.description.model!r} ({self.description.dimensions} dimensions); those of {other}, "
-                "as its weights and settings are now, do not compare with its own: search with the model that made it, or build the index "
-                "again with --overwrite."
+                f"{self.folder}: made by the model {self.description.model!r} ({self.description.dimensions} dimensions); those of "
+                f"{other}, as its weights and settings are now, do not compare with its own: search with the model that made it, or "
+                "build the index again with --overwrite."
             )
 
     def search(self, vector: Float[np.ndarray, "hidden"], *, k: int = 10) -> list[Hit]:

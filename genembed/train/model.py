@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,12 @@ class TrainableEmbedder(nn.Module):
             _copy_into(self.trained_head, load_file(folder / HEAD_FILE), folder, tied=False)
 
 
-def build(recipe: Recipe) -> TrainableEmbedder:
+def build(recipe: Recipe, sample: Callable[[PromptTokenizer], list[TokenIds]]) -> TrainableEmbedder:
     """Load the model a recipe starts from, and make its weights trainable.
+
+    Args:
+        recipe: The run.
+        sample: Gives prompts of the training texts, where a new head is to speak the most frequent tokens alone.
 
     Raises:
         ConfigurationError: If the recipe's settings do not suit the model.
@@ -123,13 +127,8 @@ def build(recipe: Recipe) -> TrainableEmbedder:
     # The soft-token head of an encoder may not exist yet, so the base is read as a one-pass model first.
     plain = replace(settings, pooling=Pooling(kind="mean"), halt=FixedSteps(0), adapter_positions="all")
     loaded = load(replace(source, settings=plain if recipe.fit_head else settings), device=_device(), dtype="float32")
-    model = loaded.backbone.model
-    head = loaded.backbone.trained_head
-    if recipe.fit_head:
-        if head is not None or loaded.backbone.has_head:
-            raise ConfigurationError(f"fit_head={recipe.fit_head}: {recipe.model} has a language-model head of its own; leave it out.")
-        table = loaded.backbone.table
-        head = SoftTokenHead(table.shape[1], table.shape[0]).to(table.device)
+    model, tokenizer = loaded.backbone.model, PromptTokenizer(loaded.tokenizer.tokenizer, settings)
+    head = _new_head(recipe, loaded.backbone, tokenizer, sample) if recipe.fit_head else loaded.backbone.trained_head
     if settings.adapter_positions == "generated" and recipe.lora is None:
         raise ConfigurationError("adapter_positions='generated' needs an adapter: lora=None trains one set of weights for all positions.")
     stepper = twin(model) if settings.adapter_positions == "generated" else None
@@ -139,10 +138,24 @@ def build(recipe: Recipe) -> TrainableEmbedder:
     backbone = Backbone(model, settings, head=head, stepper=stepper, has_head=loaded.backbone.has_head or head is not None)
     if head is not None:
         head.requires_grad_(True)
-    embedder = TrainableEmbedder(backbone, PromptTokenizer(loaded.tokenizer.tokenizer, settings), source, adapter)
+    embedder = TrainableEmbedder(backbone, tokenizer, source, adapter)
     if recipe.checkpoint_layers:
         embedder.checkpoint_layers()
     return embedder.train()
+
+
+def _new_head(
+    recipe: Recipe, backbone: Backbone, tokenizer: PromptTokenizer, sample: Callable[[PromptTokenizer], list[TokenIds]]
+) -> SoftTokenHead:
+    if backbone.trained_head is not None or backbone.has_head:
+        raise ConfigurationError(f"fit_head={recipe.fit_head}: {recipe.model} has a language-model head of its own; leave it out.")
+    table, tokens = backbone.table, None
+    if recipe.head_tokens:
+        counts = torch.bincount(torch.cat([torch.from_numpy(ids).unique() for ids in sample(tokenizer)]), minlength=len(table))
+        counts[tokenizer.tokenizer.all_special_ids] = 0
+        most = counts.argsort(descending=True, stable=True)[: recipe.head_tokens]
+        tokens = most[counts[most] > 0].sort().values.to(table.device)
+    return SoftTokenHead(table.shape[1], table.shape[0], tokens).to(table.device)
 
 
 def _adapted(model: PreTrainedModel, recipe: Recipe) -> Any | None:

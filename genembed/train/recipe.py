@@ -96,6 +96,9 @@ class Recipe:
     """None to train all weights."""
     fit_head: int = 0
     """Texts from which the soft-token head of an encoder is started (ridge regression onto each text's mean input embedding)."""
+    head_tokens: int = 0
+    """Tokens that such a head can speak: the most frequent ones of those texts, special tokens left out; 0 for all. The products
+    with the vocabulary are most of a small model's step."""
     learning_rate: float = 1e-5
     head_learning_rate: float = 2e-5
     """Of a trained soft-token head: at the adapter's rate it forgets its start, and every text speaks the same token (docs/LOG.md)."""
@@ -136,13 +139,18 @@ class Recipe:
         for name in ("queries", "query_tokens", "passage_tokens", "updates", "accumulation", "save_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name}={getattr(self, name)}: must be at least 1.")
-        for name in ("negatives", "batch_tokens", "chunk", "fit_head", "min_steps", "weight_decay"):
+        for name in ("negatives", "batch_tokens", "chunk", "fit_head", "head_tokens", "min_steps", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"{name}={getattr(self, name)}: must not be negative.")
+        if self.head_tokens and not (self.fit_head and self.lora):
+            raise ConfigurationError(f"head_tokens={self.head_tokens} has an effect with fit_head and an adapter only.")
         if self.max_steps < self.min_steps:
             raise ConfigurationError(f"min_steps={self.min_steps}, max_steps={self.max_steps}: the range of K is empty.")
         if not 0 <= self.instruction_share <= 1:
             raise ConfigurationError(f"instruction_share={self.instruction_share}: must be in [0, 1].")
+        self._check_names()
+
+    def _check_names(self) -> None:
         if self.passage_rule not in ("symmetric", "released"):
             raise ConfigurationError(f"passage_rule={self.passage_rule!r}: choose symmetric or released.")
         if self.dtype not in ("float32", "bfloat16"):

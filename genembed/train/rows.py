@@ -126,7 +126,9 @@ class TrainingRows:
         self._steps = 0
         tokens = torch.from_numpy(np.concatenate(ordered)).to(backbone.device)
         positions = torch.cat([torch.arange(length, device=backbone.device) for length in lengths])
-        states = backbone.forward_packed(backbone.embed(tokens), positions, rows=_PromptPass(self), generated=False)
+        # A frozen reader of prompts may use its packed weights.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not backbone.adapter_on_generated_only):
+            states = backbone.forward_packed(backbone.embed(tokens), positions, rows=_PromptPass(self), generated=False)
         ends = self.lengths.cumsum(0) - 1
         self.last_hidden = states[ends][self._back]
         row = torch.repeat_interleave(torch.arange(len(lengths), device=backbone.device), self.lengths)

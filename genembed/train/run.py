@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from genembed.errors import ConfigurationError
 from genembed.settings import ModelSettings
-from genembed.tokens import TokenIds
+from genembed.tokens import PromptTokenizer, TokenIds
 from genembed.train.batches import BatchStream, held_out_pairs
 from genembed.train.callbacks import BEST, History, KeepBest, ProgressBar
 from genembed.train.collate import BatchLoader, PairCollator
@@ -57,12 +57,12 @@ def train(
     """
     checkpoint = _prepare(recipe, output, resume=resume)
     set_seed(recipe.seed)
-    model = build(recipe)
+    model = build(recipe, lambda tokenizer: _texts(recipe, tokenizer))
     if recipe.objective.needs_teacher and recipe.teacher is None:
         check_own_start(model.settings)
     collator, bad = PairCollator(recipe, model.tokenizer, model.settings), BadRows()
     if recipe.fit_head and checkpoint is None:
-        fit_head(model, _texts(recipe, collator))
+        fit_head(model, _texts(recipe, model.tokenizer))
     trainer = _trainer(recipe, model, collator, output, checkpoint, bad, strict=strict, exclude=exclude)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     if bad.total:
@@ -147,11 +147,11 @@ def _trainer(
     return trainer
 
 
-def _texts(recipe: Recipe, collator: PairCollator) -> list[TokenIds]:
-    """Return prompts of the first batches, as many as the head is started from."""
+def _texts(recipe: Recipe, tokenizer: PromptTokenizer) -> list[TokenIds]:
+    """Return prompts of the first batches, bare, as many as the head is started from."""
     prompts: list[TokenIds] = []
-    for number, pairs in enumerate(BatchStream(recipe.files, batch_size=recipe.queries, one_source=recipe.one_source, seed=recipe.seed)):
-        prompts += collator(number, pairs).prompts
+    for pairs in BatchStream(recipe.files, batch_size=recipe.queries, one_source=recipe.one_source, seed=recipe.seed):
+        prompts += tokenizer([text for pair in pairs for text in (pair.query, *pair.positives, *pair.negatives)]).ids
         if len(prompts) >= recipe.fit_head:
             break
     return prompts[: recipe.fit_head]
