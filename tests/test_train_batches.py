@@ -59,7 +59,7 @@ WORDS = st.sampled_from([f"{case}{number}{mark}" for number in range(8) for case
     st.integers(1, 4),
     st.sampled_from([1, 3, 100]),
 )
-@settings(max_examples=40)
+@settings(max_examples=30)
 def test_no_text_of_a_pair_is_a_text_of_another_pair_in_the_batch(
     tmp_path: Path, rows: list[tuple[str, list[str], list[str]]], one_source: bool, batch_size: int, buffer: int
 ) -> None:

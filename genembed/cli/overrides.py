@@ -159,7 +159,7 @@ def _accepts(kind: Any, value: Any) -> bool:
         return isinstance(value, list) and len(_item_hints(kind, len(value))) == len(value)
     if is_dataclass(kind):
         return isinstance(value, dict)
-    if False:
+    if isinstance(value, bool):
         return kind is bool
     if kind is float:
         return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from genembed import cpu
 from genembed.backbone import Backbone, SoftTokenHead
 from genembed.checkpoint import ADAPTER_WEIGHTS, load, twin
 from genembed.errors import CheckpointError, ConfigurationError
@@ -136,6 +137,8 @@ def build(recipe: Recipe, sample: Callable[[PromptTokenizer], list[TokenIds]]) -
     if adapter is None:
         model.requires_grad_(True)
     backbone = Backbone(model, settings, head=head, stepper=stepper, has_head=loaded.backbone.has_head or head is not None)
+    if stepper is not None:
+        cpu.pack_linear_layers(backbone.base)  # it reads prompts and is frozen
     if head is not None:
         head.requires_grad_(True)
     embedder = TrainableEmbedder(backbone, tokenizer, source, adapter)

@@ -140,6 +140,18 @@ class StepwiseTrainer(Trainer):
             "temperature usually cures it; the last complete checkpoint is untouched."
         )
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Return AdamW, with a learning rate of its own for a trained soft-token head."""
+        head = set() if self.embedder.trained_head is None else set(self.embedder.trained_head.parameters())
+        trained = [weight for weight in self.embedder.parameters() if weight.requires_grad]
+        groups = [
+            {"params": [weight for weight in trained if weight not in head], "lr": self.recipe.learning_rate},
+            {"params": [weight for weight in trained if weight in head], "lr": self.recipe.head_learning_rate},
+        ]
+        groups = [group for group in groups if group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=self.recipe.weight_decay)
+        return self.optimizer
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss to what Transformers logs."""
         if "loss" in logs:
