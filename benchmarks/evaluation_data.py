@@ -82,3 +82,18 @@ def few_shot_accuracy(vectors: np.ndarray, labels: list[str], *, shots: int, see
         train[rng.permutation(np.flatnonzero(names == label))[:shots]] = True
     model = LogisticRegression(max_iter=200).fit(vectors[train], names[train])
     return 100 * float(model.score(vectors[~train], names[~train]))
+
+
+def accuracy_from_shots(
+    train: np.ndarray, train_labels: list[str], test: np.ndarray, test_labels: list[str], *, shots: int, draws: int
+) -> float:
+    """Return the accuracy, in percent, on test texts of logistic regression on `shots` training texts of each label, mean over draws."""
+    from sklearn.linear_model import LogisticRegression
+
+    names, values = np.asarray(train_labels), []
+    for seed in range(draws):
+        rng = np.random.default_rng(seed)
+        chosen = np.concatenate([rng.permutation(np.flatnonzero(names == label))[:shots] for label in sorted(set(train_labels))])
+        model = LogisticRegression(max_iter=200).fit(train[chosen], names[chosen])
+        values.append(model.score(test, np.asarray(test_labels)))
+    return 100 * float(np.mean(values))

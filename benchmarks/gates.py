@@ -15,94 +15,44 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from curves import STEPS, Curves, EvaluationSet
 from evaluation_data import DATA, few_shot_accuracy, json_lines, ndcg_at_10, retrieval, spearman
 from results_file import RESULTS, write
 
 import genembed
-from genembed import Embedder, FixedSteps
-from genembed.halting import HaltingRule
+from genembed import ConvergeStop, Embedder, HaltingRule
 from genembed.refine import step
 from genembed.rows import CachedRows
 from genembed.tokens import TokenBatch
 
-STEPS = 20
-
-Curve = np.ndarray
-"""Vectors of one set of texts at K = 0 .. 20: [texts, 21, hidden]."""
+THRESHOLDS = (0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
 
 
-def curve_of(model: Embedder, texts: list[str]) -> Curve:
-    """Embed texts once and keep every z_k, z_0 included."""
-    start = model.refine(texts, halt=FixedSteps(0)).vectors
-    trajectory = model.refine(texts, halt=FixedSteps(STEPS), keep_trajectory=True).trajectory
-    assert trajectory is not None
-    return np.concatenate([start[:, None], trajectory], axis=1)
-
-
-def halting_steps(curve: Curve, rule: HaltingRule) -> np.ndarray:
-    """Replay a halting rule on kept trajectories: the step each text would have stopped at."""
-    texts = len(curve)
-    cosines = np.einsum("tkd,tkd->tk", curve[:, 1:-1], curve[:, 2:])
-    steps = np.full(texts, rule.max_steps)
-    for k in range(rule.max_steps, 0, -1):
-        window = np.full((texts, rule.window), -1.0)
-        measured = cosines[:, max(0, k - 1 - rule.window) : k - 1]
-        if measured.shape[1]:
-            window[:, -measured.shape[1] :] = measured
-        zeros = torch.zeros(texts)
-        progress = genembed.Progress(zeros, torch.full((texts,), k), zeros[:, None], zeros, zeros[:, None], torch.from_numpy(window))
-        steps[rule(progress).numpy()] = k
-    return steps
-
-
-class DevelopmentSet:
-    """Texts, and a score for any choice of one vector for each."""
-
-    def __init__(self, name: str, model: Embedder, texts: dict[str, list[str]], score: Callable[[dict[str, np.ndarray]], float]) -> None:
-        self.name, self.score = name, score
-        self.curves = {role: curve_of(model, list(values)) for role, values in texts.items()}
-
-    def at(self, steps: int) -> float:
-        """Score at a fixed K."""
-        return self.score({role: curve[:, steps] for role, curve in self.curves.items()})
-
-    def halted(self, rule: HaltingRule) -> tuple[float, float]:
-        """Score under a halting rule, and its mean k*."""
-        chosen, counts = {}, []
-        for role, curve in self.curves.items():
-            steps = halting_steps(curve, rule)
-            chosen[role] = curve[np.arange(len(curve)), steps]
-            counts.append(steps)
-        return self.score(chosen), float(np.concatenate(counts).mean())
-
-
-def development_sets(model: Embedder, data: Path, *, small: bool) -> list[DevelopmentSet]:
-    """Embed the three development sets."""
+def development_sets(data: Path, *, small: bool) -> list[EvaluationSet]:
+    """Read the three development sets."""
     share = 0.3 if small else 1.0
     pairs = [row for row in json_lines(data / "sts" / "stsb.jsonl") if row["split"] == "dev"]
     pairs = pairs[: int(len(pairs) * share)]
     gold = np.asarray([row["score"] for row in pairs])
-    sts = DevelopmentSet(
+    sts = EvaluationSet(
         "stsb dev",
-        model,
         {"first": [row["sentence1"] for row in pairs], "second": [row["sentence2"] for row in pairs]},
         lambda v: spearman((v["first"] * v["second"]).sum(-1), gold),
     )
     scifact = retrieval(data / "retrieval" / "scifact", qrels="qrels_train.tsv").sample(int(1000 * share), seed=0)
-    search = DevelopmentSet(
+    search = EvaluationSet(
         "scifact train",
-        model,
         {"queries": list(scifact.queries.values()), "documents": list(scifact.documents.values())},
         lambda v: float(ndcg_at_10(v["queries"] @ v["documents"].T, scifact).mean()),
     )
     texts, labels = banking(data, per_label=24 if small else 36)
-    intents = DevelopmentSet("banking77 train", model, {"texts": texts}, lambda v: few_shot_accuracy(v["texts"], labels, shots=16, seed=0))
+    intents = EvaluationSet("banking77 train", {"texts": texts}, lambda v: few_shot_accuracy(v["texts"], labels, shots=16, seed=0))
     return [sts, search, intents]
 
 
@@ -114,6 +64,18 @@ def banking(data: Path, *, per_label: int) -> tuple[list[str], list[str]]:
         chosen.setdefault(rows[i]["label"], []).append(rows[i]["text"])
     pairs = [(text, label) for label, texts in sorted(chosen.items()) for text in texts[:per_label]]
     return [text for text, _ in pairs], [label for _, label in pairs]
+
+
+def thresholds(sets: list[Curves], rule: HaltingRule) -> dict[str, dict[str, float]]:
+    """Replay other thresholds of a ConvergeStop rule: what each costs against K = 20, and the steps it takes."""
+    if not isinstance(rule, ConvergeStop):
+        return {}
+    found = {}
+    for threshold in THRESHOLDS:
+        halted = [one.halted(replace(rule, threshold=threshold)) for one in sets]
+        loss = [score - one.at(STEPS) for one, (score, _) in zip(sets, halted, strict=True)]
+        found[str(threshold)] = {"worst": min(loss), "mean": float(np.mean(loss)), "mean_steps": float(np.mean([k for _, k in halted]))}
+    return found
 
 
 @torch.inference_mode()
@@ -142,14 +104,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     model = genembed.load(arguments.model)
-    sets = development_sets(model, arguments.data, small=arguments.small)
+    sets = [one.embed(model) for one in development_sets(arguments.data, small=arguments.small)]
     values: dict[str, Any] = {"model": arguments.model, "rule": repr(model.settings.halt), "small": arguments.small, "sets": {}}
     for one in sets:
         halted, mean_steps = one.halted(model.settings.halt)
         curve = [one.at(k) for k in range(STEPS + 1)]
-        values["sets"][one.name] = {"curve": curve, "halted": halted, "mean_steps": mean_steps}
+        values["sets"][one.of.name] = {"curve": curve, "halted": halted, "mean_steps": mean_steps}
         shown = "  ".join(f"K={k} {curve[k]:.2f}" for k in (0, 1, 2, 5, 10, 15, 20))
-        print(f"{one.name:<16} {shown}  {model.settings.halt}: {halted:.2f} at mean k* {mean_steps:.1f}", flush=True)
+        print(f"{one.of.name:<16} {shown}  {model.settings.halt}: {halted:.2f} at mean k* {mean_steps:.1f}", flush=True)
+    values["thresholds"] = thresholds(sets, model.settings.halt)
+    for threshold, row in values["thresholds"].items():
+        print(f"threshold {threshold}: worst {row['worst']:+.2f} to K = {STEPS}, mean {row['mean']:+.2f}, mean k* {row['mean_steps']:.1f}")
     texts = [row["query"] for row in json_lines(arguments.data / "train" / "clapnq_train.jsonl")][:300]
     values["distinct_tokens"] = distinct_tokens(model, texts)
     gains = [entry["curve"][STEPS] - entry["curve"][0] for entry in values["sets"].values()]

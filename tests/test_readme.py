@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,3 +30,12 @@ def test_the_readme_names_every_file_of_the_package() -> None:
     text = README.read_text(encoding="utf-8")
     for file in (README.parent / "genembed").glob("*.py"):
         assert file.name == "__init__.py" or f"  {file.name} " in text, f"{file.name} is missing in the tree of the README"
+
+
+def test_the_tables_are_those_of_the_result_files() -> None:
+    """Guards against a number that is typed, or forgotten when a benchmark is run again."""
+    script = README.parent / "benchmarks" / "tables.py"
+    if not script.is_file():
+        pytest.skip("the benchmarks are not here: they come with the repository, not with the package")
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

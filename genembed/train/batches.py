@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import islice
 from typing import NamedTuple
@@ -176,7 +176,7 @@ class BatchStream:
                 "use one_source=True, or a stream for each kind."
             )
 
-    def __iter__(self) -> Iterator[list[Pair]]:
+    def __iter__(self) -> Generator[list[Pair]]:
         """Yield the batches from the first on."""
         rng = random.Random(f"{self.seed}")
         pools = [self._pool(file, rng) for file in self.files]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
 
 from genembed.settings import ModelSettings
 from genembed.tokens import PromptTokenizer, TokenIds
@@ -113,12 +115,18 @@ def takes_instruction(pair: Pair, *, rule: str) -> bool:
     return "retrieve" not in words or "semantic" in words
 
 
+@runtime_checkable
+class Batches(Protocol):
+    """Batches of pairs of all processes, the same ones whenever they are iterated anew."""
+
+    def __iter__(self) -> Generator[list[Pair]]:
+        """Yield them from the first on."""
+
+
 class BatchLoader:
     """The batches of one process, from a place in the run on: what a trainer iterates over."""
 
-    def __init__(
-        self, batches: Iterable[list[Pair]], collator: PairCollator, *, first: int, count: int, process: int, processes: int
-    ) -> None:
+    def __init__(self, batches: Batches, collator: PairCollator, *, first: int, count: int, process: int, processes: int) -> None:
         self.batches, self.collator = batches, collator
         self.first, self.count, self.process, self.processes = first, count, process, processes
 
@@ -128,8 +136,8 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield what is left of the run."""
-        for number, pairs in enumerate(self.batches):
-            if number >= self.count:
-                return
-            if number >= self.first:
-                yield {"batch": self.collator(number, pairs, slice(self.process, None, self.processes))}
+        # Closed, or an endless stream would keep its files open.
+        with closing(iter(self.batches)) as batches:
+            for number, pairs in enumerate(islice(batches, self.count)):
+                if number >= self.first:
+                    yield {"batch": self.collator(number, pairs, slice(self.process, None, self.processes))}

@@ -36,8 +36,9 @@ def fit_head(model: TrainableEmbedder, prompts: Sequence[TokenIds], *, ridge: fl
         raise ConfigurationError("this model has no soft-token head to start.")
     rarity = _rarity(prompts, len(model.backbone.table)).to(model.backbone.device)
     states, topics = [], []
-    for start in range(0, len(prompts), _ROWS):
-        x, y = _states_and_topics(model, prompts[start : start + _ROWS], rarity)
+    ordered = sorted(prompts, key=len)
+    for start in range(0, len(ordered), _ROWS):
+        x, y = _states_and_topics(model, ordered[start : start + _ROWS], rarity)
         states.append(x)
         topics.append(y)
     x, y = torch.cat(states).double(), torch.cat(topics).double()

@@ -19,7 +19,7 @@ from genembed.attention import attend, wide_softmax
 from genembed.backbone import Backbone
 from genembed.tokens import TokenIds
 
-LENGTH_RATIO = 1.5
+LENGTH_RATIO = 1.25
 """Prompts attend in one call if the longest is at most this much longer than the shortest."""
 
 

@@ -57,12 +57,12 @@ def train(
     """
     checkpoint = _prepare(recipe, output, resume=resume)
     set_seed(recipe.seed)
-    model = build(recipe, lambda tokenizer: _texts(recipe, tokenizer))
+    model = build(recipe, lambda tokenizer: _texts(recipe, tokenizer, exclude))
     if recipe.objective.needs_teacher and recipe.teacher is None:
         check_own_start(model.settings)
     collator, bad = PairCollator(recipe, model.tokenizer, model.settings), BadRows()
     if recipe.fit_head and checkpoint is None:
-        fit_head(model, _texts(recipe, model.tokenizer))
+        fit_head(model, _texts(recipe, model.tokenizer, exclude))
     trainer = _trainer(recipe, model, collator, output, checkpoint, bad, strict=strict, exclude=exclude)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     if bad.total:
@@ -123,17 +123,7 @@ def _trainer(
         )
 
     def loader(process: int, processes: int) -> BatchLoader:
-        stream = BatchStream(
-            recipe.files,
-            batch_size=recipe.queries * processes,
-            one_source=recipe.one_source,
-            negatives=recipe.negatives,
-            seed=recipe.seed,
-            held_out=recipe.evaluation.share if recipe.evaluation is not None else 0.0,
-            exclude=exclude,
-            strict=strict,
-            bad=bad,
-        )
+        stream = _stream(recipe, exclude, batch_size=recipe.queries * processes, strict=strict, bad=bad)
         first = 0 if checkpoint is None else int(checkpoint.name.split("-")[1]) * recipe.accumulation
         count = recipe.updates * recipe.accumulation
         return BatchLoader(stream, collator, first=first, count=count, process=process, processes=processes)
@@ -147,10 +137,26 @@ def _trainer(
     return trainer
 
 
-def _texts(recipe: Recipe, tokenizer: PromptTokenizer) -> list[TokenIds]:
+def _stream(
+    recipe: Recipe, exclude: TextFilter | None, *, batch_size: int, strict: bool = False, bad: BadRows | None = None
+) -> BatchStream:
+    return BatchStream(
+        recipe.files,
+        batch_size=batch_size,
+        one_source=recipe.one_source,
+        negatives=recipe.negatives,
+        seed=recipe.seed,
+        held_out=recipe.evaluation.share if recipe.evaluation is not None else 0.0,
+        exclude=exclude,
+        strict=strict,
+        bad=BadRows() if bad is None else bad,
+    )
+
+
+def _texts(recipe: Recipe, tokenizer: PromptTokenizer, exclude: TextFilter | None) -> list[TokenIds]:
     """Return prompts of the first batches, bare, as many as the head is started from."""
     prompts: list[TokenIds] = []
-    for pairs in BatchStream(recipe.files, batch_size=recipe.queries, one_source=recipe.one_source, seed=recipe.seed):
+    for pairs in _stream(recipe, exclude, batch_size=recipe.queries):
         prompts += tokenizer([text for pair in pairs for text in (pair.query, *pair.positives, *pair.negatives)]).ids
         if len(prompts) >= recipe.fit_head:
             break

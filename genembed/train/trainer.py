@@ -122,12 +122,13 @@ class StepwiseTrainer(Trainer):
         """Keep the parts of the loss for the next log line."""
         if not torch.is_grad_enabled():
             return
+        self._parts = {}
         for name, part in value.parts.items():
             numbers = part.detach().flatten().tolist()
-            if len(numbers) == 1:
-                self._parts[name] = numbers[0]
-            else:
+            if part.dim():
                 self._parts[f"{name}_first"], self._parts[f"{name}_last"] = numbers[0], numbers[-1]
+            else:
+                self._parts[name] = numbers[0]
 
     def _check_finite(self, loss: Tensor, batch: TrainingBatch) -> None:
         if bool(torch.isfinite(loss)):

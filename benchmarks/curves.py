@@ -1,0 +1,78 @@
+"""Quality as a function of K: every text is refined once, every z_k is kept, and any choice of one vector for each is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+import genembed
+from genembed import Embedder, FixedSteps
+from genembed.halting import HaltingRule
+
+STEPS = 20
+
+Curve = np.ndarray
+"""Vectors of one set of texts at K = 0 .. 20: [texts, 21, hidden]; a one-pass model has K = 0 alone."""
+
+
+def curve_of(model: Embedder, texts: list[str]) -> Curve:
+    """Embed texts once and keep every z_k, z_0 included."""
+    start = model.refine(texts, halt=FixedSteps(0)).vectors
+    if not model.settings.halt.max_steps:
+        return start[:, None]
+    trajectory = model.refine(texts, halt=FixedSteps(STEPS), keep_trajectory=True).trajectory
+    assert trajectory is not None
+    return np.concatenate([start[:, None], trajectory], axis=1)
+
+
+def halting_steps(curve: Curve, rule: HaltingRule) -> np.ndarray:
+    """Replay a halting rule on kept trajectories: the step each text would have stopped at."""
+    texts = len(curve)
+    cosines = np.einsum("tkd,tkd->tk", curve[:, 1:-1], curve[:, 2:])
+    steps = np.full(texts, rule.max_steps)
+    for k in range(rule.max_steps, 0, -1):
+        window = np.full((texts, rule.window), -1.0)
+        measured = cosines[:, max(0, k - 1 - rule.window) : k - 1]
+        if measured.shape[1]:
+            window[:, -measured.shape[1] :] = measured
+        zeros = torch.zeros(texts)
+        progress = genembed.Progress(zeros, torch.full((texts,), k), zeros[:, None], zeros, zeros[:, None], torch.from_numpy(window))
+        steps[rule(progress).numpy()] = k
+    return steps
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationSet:
+    """Texts by their role, and a score for any choice of one vector for each."""
+
+    name: str
+    texts: dict[str, list[str]]
+    score: Callable[[dict[str, np.ndarray]], float] = field(repr=False)
+
+    def embed(self, model: Embedder) -> Curves:
+        """Refine all texts with a model."""
+        return Curves(self, {role: curve_of(model, values) for role, values in self.texts.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """A set refined by one model."""
+
+    of: EvaluationSet
+    vectors: dict[str, Curve]
+
+    def at(self, steps: int) -> float:
+        """Score at a fixed K."""
+        return self.of.score({role: curve[:, steps] for role, curve in self.vectors.items()})
+
+    def halted(self, rule: HaltingRule) -> tuple[float, float]:
+        """Score under a halting rule, and its mean k*."""
+        chosen, counts = {}, []
+        for role, curve in self.vectors.items():
+            steps = halting_steps(curve, rule)
+            chosen[role] = curve[np.arange(len(curve)), steps]
+            counts.append(steps)
+        return self.of.score(chosen), float(np.concatenate(counts).mean())

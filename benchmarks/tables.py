@@ -1,0 +1,145 @@
+"""Write the tables of README from the result files, so that no number is typed.
+
+    python benchmarks/tables.py [--check]
+
+Each block of README between `<!-- table: NAME -->` and `<!-- end -->` is made by the function of that name from the newest result
+file of its benchmark. `--check` only compares, and fails where they differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from results_file import RESULTS
+
+README = Path(__file__).parents[1] / "README.md"
+CARD = README.parent / "genembed" / "builtin" / "mini" / "README.md"
+
+_BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def newest(theme: str) -> tuple[Path, dict[str, Any]]:
+    """Return the newest result file of a benchmark: file names end in the date."""
+    paths = sorted(RESULTS.glob(f"{theme}_*.json"), key=lambda path: path.stem.rsplit("_", 1)[-1])
+    if not paths:
+        raise SystemExit(f"no result file {theme}_*.json in {RESULTS}: run benchmarks/{theme.split('-')[0]}.py first")
+    return paths[-1], json.loads(paths[-1].read_text())
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _source(path: Path) -> str:
+    return f"[result file](benchmarks/results/{path.name})"
+
+
+def throughput() -> str:
+    """Time for each text of every variant, and what halting saves."""
+    heads = [
+        "",
+        "one pass",
+        "plain",
+        "sorted",
+        "engine",
+        "plain / engine",
+        "engine / one pass (bound)",
+        "halting near 9",
+        "spread over 4-20",
+    ]
+    rows, sources = [], []
+    for theme in ("throughput-mini", "throughput-qwen"):
+        path, result = newest(theme)
+        sources.append(_source(path))
+        for one in result["comparisons"]:
+            rows.append(_throughput_row(one))
+    note = "Milliseconds a text; *halting*: share of the iteration saving saved in decoding; then of the whole time, with its ceiling."
+    return f"{note} {', '.join(sources)}.\n\n{_table(heads, rows)}"
+
+
+def _throughput_row(one: Mapping[str, Any]) -> list[str]:
+    variants = one["variants"]
+    saved = [variants[f"engine {trace}"]["saving"] for trace in ("near 9", "4-20")]
+    return [
+        f"{one['model']}, {one['texts']} {one['kind']}, mean {one['mean_tokens']:.0f} tokens",
+        *(f"{variants[name]['ms_per_text']:.1f}" for name in ("causal-eos", "plain", "sorted", "engine")),
+        f"{variants['engine']['plain_over_this']:.2f}x",
+        f"{variants['engine']['to_causal_eos']:.2f} ({one['flop_bound']:.2f})",
+        *(f"{saving['share']:.2f}; {saving['wall_clock']:.0%} of at most {saving['ceiling']:.0%}" for saving in saved),
+    ]
+
+
+def scifact() -> str:
+    """Quality on SciFact."""
+    path, result = newest("scifact")
+    rows = []
+    for one in result["runs"]:
+        low, high = one["difference_to_k0_95"]
+        steps = "" if one["query_steps"] is None else f"{one['query_steps']:.1f} / {one['document_steps']:.1f}"
+        rows.append([one["label"], f"{one['ndcg@10']:.2f}", f"{low:+.2f} to {high:+.2f}", steps])
+    return f"{_source(path)}\n\n{_table(['', 'nDCG@10', 'to K = 0', 'mean steps, queries / documents'], rows)}"
+
+
+def gates() -> str:
+    """Quality of `mini` on the development sets, for every K."""
+    path, result = newest("gates")
+    shown = (0, 1, 3, 5, 10, 20)
+    rows = [
+        [name, *(f"{one['curve'][k]:.2f}" for k in shown), f"{one['halted']:.2f} at {one['mean_steps']:.1f}"]
+        for name, one in result["sets"].items()
+    ]
+    distinct = ", ".join(f"{result['distinct_tokens'][k - 1]:.0%} at step {k}" for k in (1, 2, 5, 20))
+    gates = "\n".join(f"- {name}: {'passed' if passed else '**missed**'}" for name, passed in result["gates"].items())
+    heads = ["development set", *(f"K = {k}" for k in shown), "halted, at mean k*"]
+    return f"{_source(path)}\n\n{_table(heads, rows)}\n\nDistinct likeliest tokens over texts: {distinct}.\n\n{gates}"
+
+
+def training() -> str:
+    """Time and memory of a training update."""
+    path, result = newest("training")
+    rows = []
+    for one in result["comparisons"]:
+        for name, row in one["variants"].items():
+            label = f"{one['shape']}, {name}"
+            rows.append(
+                [
+                    label,
+                    f"{row['median']:.2f}",
+                    f"{row['faster']:.2f}x ({row['ceiling']:.1f})",
+                    f"{row['peak_mib']:.0f}",
+                    f"{row['memory']:.2f}",
+                ]
+            )
+    return f"{_source(path)}\n\n{_table(['', 's / update', 'faster (ceiling)', 'peak MiB', 'of released'], rows)}"
+
+
+TABLES: Mapping[str, Callable[[], str]] = {"throughput": throughput, "scifact": scifact, "gates": gates, "training": training}
+
+
+def filled(text: str) -> str:
+    """Return a document with every table made anew."""
+    return _BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]]()}\n{block[3]}", text)
+
+
+def main() -> None:
+    """Rewrite the documents, or compare them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only compare")
+    arguments = parser.parse_args()
+    for path in (README, CARD):
+        text = path.read_text(encoding="utf-8")
+        made = filled(text)
+        if arguments.check and made != text:
+            sys.exit(f"{path}: its tables are not those of the result files; run benchmarks/tables.py")
+        path.write_text(made, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
