@@ -66,7 +66,7 @@ def _load_model(source: Source, dtype: torch.dtype | str) -> tuple[PreTrainedMod
     folder = source.base
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{folder}: its config.json is not one this Transformers version knows: {error}") from error
     if config.model_type != "bert" and getattr(config, "is_decoder", None) is False:
         raise ConfigurationError(f"{folder}: {config.model_type} encoders are not supported (BERT is); use a causal language model.")
