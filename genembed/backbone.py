@@ -208,7 +208,7 @@ class Backbone:
             ConfigurationError: Under Transformers' gradient checkpointing, which drops the cache with only a warning.
         """
         part = self.stepper if generated else self.base
-        if cache is not None and part.training and any(getattr(layer, "gradient_checkpointing", False) for layer in part.modules()):
+        if cache is not None and any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in part.modules()):
             raise ConfigurationError(
                 "Transformers' gradient checkpointing drops the KV cache, so soft tokens would see only themselves; turn it off "
                 "(model.gradient_checkpointing_disable()) or refine with RecomputedRows."

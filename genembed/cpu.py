@@ -63,7 +63,7 @@ def _forward(layer: nn.Linear, product: Product) -> Product:
 
     def forward(inputs: Tensor) -> Tensor:
         # The packed copy is of no use for gradients, nor once the weight has been changed in place.
-        if torch.is_grad_enabled() or layer.weight._version != version:
+        if torch.is_grad_enabled() or layer.weight._version != version or inputs.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return nn.functional.linear(inputs, layer.weight, layer.bias)
         return product(inputs)
 

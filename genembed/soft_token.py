@@ -161,36 +161,45 @@ class _Recomputed(torch.autograd.Function):
         average, log_normaliser = _online_average(logits, mixes, temperature)
         ctx.save_for_backward(hidden, weight, bias, embeddings, average, log_normaliser)
         ctx.options = temperature, scores, block
+        kind = hidden.device.type
+        # The backward pass computes the logits once more, and they must be the same ones.
+        ctx.autocast = kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         return average.to(embeddings.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, embeddings, average, log_normaliser = ctx.saved_tensors
-        temperature, scores, block = ctx.options
-        needs = ctx.needs_input_grad
-        d_hidden = torch.zeros_like(hidden, dtype=average.dtype) if needs[0] else None
-        d_weight = torch.empty_like(weight) if needs[1] else None
-        d_bias = torch.empty_like(bias) if needs[2] else None
-        d_embeddings = torch.empty_like(embeddings) if needs[3] else None
-        along = (gradient.to(average.dtype) * average).sum(-1, keepdim=True)
-        for span in _spans(len(weight), block):
-            logits = _logits(hidden, weight, bias, scores, span).to(average.dtype)
-            weights = (logits / temperature - log_normaliser).exp_()
-            if d_embeddings is not None:
-                d_embeddings[span] = weights.to(gradient.dtype).T @ gradient
-            if d_hidden is None and d_weight is None and d_bias is None:
-                continue
-            d_logits = weights.mul_((gradient @ embeddings[span].T).to(average.dtype) - along).div_(temperature)
-            d_products = scores.backward(d_logits, logits).to(hidden.dtype)
-            if d_hidden is not None:
-                d_hidden += d_products @ weight[span]
-            if d_weight is not None:
-                d_weight[span] = d_products.T @ hidden
-            if d_bias is not None:
-                d_bias[span] = d_products.sum(0)
-        d_input = None if d_hidden is None else d_hidden.to(hidden.dtype)
-        return d_input, d_weight, d_bias, d_embeddings, None, None, None
+        device, enabled, dtype = ctx.autocast
+        with torch.autocast(device, enabled=enabled, dtype=dtype):
+            return _backward(ctx, gradient)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, embeddings, average, log_normaliser = ctx.saved_tensors
+    temperature, scores, block = ctx.options
+    needs = ctx.needs_input_grad
+    d_hidden = torch.zeros_like(hidden, dtype=average.dtype) if needs[0] else None
+    d_weight = torch.empty_like(weight) if needs[1] else None
+    d_bias = torch.empty_like(bias) if needs[2] else None
+    d_embeddings = torch.empty_like(embeddings) if needs[3] else None
+    along = (gradient.to(average.dtype) * average).sum(-1, keepdim=True)
+    for span in _spans(len(weight), block):
+        logits = _logits(hidden, weight, bias, scores, span).to(average.dtype)
+        weights = (logits / temperature - log_normaliser).exp_()
+        if d_embeddings is not None:
+            d_embeddings[span] = weights.to(gradient.dtype).T @ gradient
+        if d_hidden is None and d_weight is None and d_bias is None:
+            continue
+        d_logits = weights.mul_((gradient @ embeddings[span].T).to(average.dtype) - along).div_(temperature)
+        d_products = scores.backward(d_logits, logits).to(hidden.dtype)
+        if d_hidden is not None:
+            d_hidden += d_products @ weight[span]
+        if d_weight is not None:
+            d_weight[span] = d_products.T @ hidden
+        if d_bias is not None:
+            d_bias[span] = d_products.sum(0)
+    d_input = None if d_hidden is None else d_hidden.to(hidden.dtype)
+    return d_input, d_weight, d_bias, d_embeddings, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scores: Scores, span: slice) -> Tensor:

@@ -157,8 +157,63 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(
     with pytest.raises(NonFiniteError, match=r"loss of batch 2 is nan; its texts are in .*bad_batch.json"):
         train(recipe, tmp_path / "run")
     kept = json.loads((tmp_path / "run" / "bad_batch.json").read_text())
-    assert kept["batch"] == 2
-    assert len(kept["pairs"]) == 4
+    assert [(batch["batch"], len(batch["pairs"])) for batch in kept["batches"]] == [(2, 4)]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a finite loss with an infinite gradient: the next checkpoint would hold NaN and push the good one out."""
+    compute = StepwiseTrainer.compute_loss
+
+    def broken(self: StepwiseTrainer, *arguments: Any, **options: Any) -> torch.Tensor:
+        loss = compute(self, *arguments, **options)
+        if self.state.global_step == 5:
+            loss.register_hook(lambda gradient: gradient * torch.inf)
+        return loss
+
+    monkeypatch.setattr(StepwiseTrainer, "compute_loss", broken)
+    with pytest.raises(NonFiniteError, match=r"gradient norm of batch 5"):
+        train(replace(recipe, keep=1), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_a_pair_whose_instruction_leaves_no_room_is_left_out(recipe: Recipe, pairs: DataFile, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in Path(pairs.path).read_text().splitlines()]
+    rows[7]["prompt"] = "very long " * 200
+    Path(pairs.path).write_text("\n".join(json.dumps(row) for row in rows))
+    train(replace(recipe, query_tokens=64, instruction_share=1.0, updates=30, save_every=30), tmp_path / "run")
+    assert len(losses(tmp_path / "run")) == 30
+
+
+def test_a_run_goes_on_with_the_texts_it_excluded_alone(recipe: Recipe, tmp_path: Path) -> None:
+    train(recipe, tmp_path / "run", exclude=TextFilter.from_texts(["something else"]))
+    with pytest.raises(ConfigurationError, match=r"started with another excluded"):
+        train(recipe, tmp_path / "run", resume=True)
+
+
+_FULL = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from test_train_run import small_run
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), int(sys.argv[4])))
+small_run(*sys.argv[1:4])
+"""
+
+
+def small_run(model: str, pairs: str, output: str) -> None:
+    run = Recipe(model=model, files=(DataFile(path=pairs),), queries=4, lora=Lora(rank=4), updates=2, save_every=1, log_every=1)
+    train(run, Path(output))
+
+
+def test_a_file_that_cannot_grow_is_reported_as_a_full_disk(recipe: Recipe, pairs: DataFile, tmp_path: Path) -> None:
+    """Writers of tensors do not raise OSError: the message must come all the same, and nothing half written stay."""
+    arguments = [sys.executable, "-c", _FULL, recipe.model, pairs.path, str(tmp_path / "run"), "40000"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert "TrainingError" in done.stderr
+    assert "the disk is full" in done.stderr
+    assert not list((tmp_path / "run").glob("*checkpoint*"))
 
 
 def test_gradcache_gives_the_losses_of_the_whole_batch(recipe: Recipe, tmp_path: Path) -> None:
@@ -268,6 +323,8 @@ def test_an_encoder_gets_a_head_and_is_distilled_from_its_own_start(
         lora=Lora(rank=4, alpha=8, targets=r"bert\.encoder\..*(query|value|dense)"),
         objective=Objective(temperature=0.05, distillation=1.0, false_negative_margin=0.0),
         fit_head=40,
+        query_tokens=64,
+        passage_tokens=64,
     )
     train(run, tmp_path / "run")
     loaded, plain = genembed.load(tmp_path / "run"), genembed.load(base, preset=replace(doubles.PREFIX, halt=FixedSteps(0)))
@@ -279,6 +336,12 @@ def test_a_teacher_that_moves_is_refused(recipe: Recipe, tmp_path: Path) -> None
     with pytest.raises(ConfigurationError, match=r"a teacher that stands still"):
         train(replace(recipe, objective=Objective(distillation=1.0)), tmp_path / "run")
     train(replace(recipe, objective=Objective(distillation=1.0), teacher=recipe.model), tmp_path / "taught")
+
+
+def test_positions_that_a_model_does_not_have_are_refused_before_the_run(recipe: Recipe, tmp_path: Path) -> None:
+    base = doubles.saved("gpt2", tmp_path)
+    with pytest.raises(ConfigurationError, match=r"passage_tokens=2048 and 3 steps need 2051 positions.*has 128"):
+        train(replace(recipe, model=str(base)), tmp_path / "run")
 
 
 def test_an_adapter_is_not_trained_once_more(recipe: Recipe, tmp_path: Path) -> None:

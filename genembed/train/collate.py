@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
+from genembed.errors import DataError, InputError
 from genembed.settings import ModelSettings
 from genembed.tokens import PromptTokenizer, TokenIds
 from genembed.train.pairs import Pair
@@ -41,6 +43,8 @@ class PairCollator:
 
     def __init__(self, recipe: Recipe, tokenizer: PromptTokenizer, settings: ModelSettings) -> None:
         self.recipe, self.tokenizer, self.settings = recipe, tokenizer, settings
+        self.skipped: Counter[str] = Counter()
+        """Pairs that could not be read at the limits of their batch, by source."""
 
     def __call__(self, number: int, pairs: Sequence[Pair], share: slice = slice(None)) -> TrainingBatch:
         """Prepare one batch.
@@ -58,13 +62,29 @@ class PairCollator:
         limit = rng.choice(recipe.length_limits) if recipe.length_limits else None
         query = self._limited(recipe.query_tokens, limit)
         passage = self._limited(recipe.passage_tokens, limit)
-        read = [_read(pair, query, passage, instructed=instructed, rule=recipe.passage_rule) for pair in pairs]
+        pairs, read = self._readable(pairs, query, passage, instructed=instructed)
         processes = share.step or 1
         count = max(processes, _fitting(read, recipe.batch_tokens) // processes * processes)
         chosen = [(pair, *ids) for pair, ids in zip(pairs, read, strict=True)][:count]
         # Every process must bring as many candidates as the others, or they could not be joined.
         negatives = min(sum(len(texts) - 1 for _, _, texts in chosen[process::processes]) for process in range(processes))
         return _batch(number, steps, chosen[share], negatives)
+
+    def _readable(
+        self, pairs: Sequence[Pair], query: PromptTokenizer, passage: PromptTokenizer, *, instructed: bool
+    ) -> tuple[list[Pair], list[Read]]:
+        """Tokenise pairs, leaving out those whose instruction has no room for a text: a run must not end for one of them."""
+        kept, read = [], []
+        for pair in pairs:
+            try:
+                read.append(_read(pair, query, passage, instructed=instructed, rule=self.recipe.passage_rule))
+                kept.append(pair)
+            except InputError as error:
+                self.skipped[pair.source] += 1
+                reason = error
+        if len(kept) < min(2, len(pairs)):
+            raise DataError(f"{pairs[0].source}: no batch can be made, as its pairs cannot be read: {reason}")
+        return kept, read
 
     def _limited(self, most: int, limit: int | None) -> PromptTokenizer:
         return PromptTokenizer(self.tokenizer.tokenizer, replace(self.settings, max_length=min(most, limit or most)))

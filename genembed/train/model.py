@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 from genembed import cpu
 from genembed.backbone import Backbone, SoftTokenHead
@@ -59,7 +60,8 @@ class TrainableEmbedder(nn.Module):
         for name, module in self.named_modules():
             if "lora_dropout" in name:
                 module.train(mode)
-            if isinstance(module, GradientCheckpointingLayer):
+            # Only where it is checkpointed: some layers apply dropout by their own `training`.
+            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
                 module.training = mode
         self.training = mode
         return self
@@ -128,6 +130,7 @@ def build(recipe: Recipe, sample: Callable[[PromptTokenizer], list[TokenIds]]) -
     # The soft-token head of an encoder may not exist yet, so the base is read as a one-pass model first.
     plain = replace(settings, pooling=Pooling(kind="mean"), halt=FixedSteps(0), adapter_positions="all")
     loaded = load(replace(source, settings=plain if recipe.fit_head else settings), device=_device(), dtype="float32")
+    _check_positions(recipe, loaded.backbone)
     model, tokenizer = loaded.backbone.model, PromptTokenizer(loaded.tokenizer.tokenizer, settings)
     head = _new_head(recipe, loaded.backbone, tokenizer, sample) if recipe.fit_head else loaded.backbone.trained_head
     if settings.adapter_positions == "generated" and recipe.lora is None:
@@ -141,6 +144,8 @@ def build(recipe: Recipe, sample: Callable[[PromptTokenizer], list[TokenIds]]) -
         cpu.pack_linear_layers(backbone.base)  # it reads prompts and is frozen
     if head is not None:
         head.requires_grad_(True)
+    if adapter is None and not recipe.max_steps and not model.config.tie_word_embeddings:
+        model.get_output_embeddings().requires_grad_(False)  # a one-pass model never uses it, and processes would wait for its gradient
     embedder = TrainableEmbedder(backbone, tokenizer, source, adapter)
     if recipe.checkpoint_layers:
         embedder.checkpoint_layers()
@@ -173,6 +178,9 @@ def _adapted(model: PreTrainedModel, recipe: Recipe) -> Any | None:
         lora_dropout=recipe.lora.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),  # GPT-2's linear layers
+        # An encoder's own head, which a soft-token head replaces, would never get a gradient.
+        exclude_modules=r"cls\..*" if model.config.model_type == "bert" else None,
     )
     try:
         adapter = get_peft_model(model, config)
@@ -180,6 +188,17 @@ def _adapted(model: PreTrainedModel, recipe: Recipe) -> Any | None:
         raise ConfigurationError(f"lora.targets={recipe.lora.targets!r}: {error}") from error
     adapter.peft_config["default"].base_model_name_or_path = str(recipe.model)
     return adapter
+
+
+def _check_positions(recipe: Recipe, backbone: Backbone) -> None:
+    """Refuse texts and steps that a model with learned positions cannot read, before the run meets one."""
+    steps = max(recipe.max_steps, *(recipe.evaluation.steps if recipe.evaluation is not None else ()), 0)
+    longest = max(recipe.query_tokens, recipe.passage_tokens) + steps
+    if backbone.max_positions is not None and longest > backbone.max_positions:
+        raise ConfigurationError(
+            f"query_tokens={recipe.query_tokens}, passage_tokens={recipe.passage_tokens} and {steps} steps need {longest} positions, but "
+            f"this model has {backbone.max_positions}; use smaller limits."
+        )
 
 
 def _copy_into(module: nn.Module, state: dict[str, Tensor], folder: Path, *, tied: bool) -> None:

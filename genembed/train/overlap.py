@@ -67,6 +67,11 @@ class TextFilter:
         """Make a filter for the texts of test sets; blank ones are passed over."""
         return cls(array("Q", sorted({_prefix_hash(text) for text in texts if text.strip()})))
 
+    @property
+    def fingerprint(self) -> int:
+        """A number that another set of texts would almost surely not have."""
+        return int.from_bytes(blake2b(array("Q", self.hashes).tobytes(), digest_size=_HASH_BYTES).digest(), "big")
+
     def __contains__(self, text: str) -> bool:
         """Whether this is a test text."""
         wanted = _prefix_hash(text)

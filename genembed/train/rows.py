@@ -19,6 +19,9 @@ from genembed.attention import attend, wide_softmax
 from genembed.backbone import Backbone
 from genembed.tokens import TokenIds
 
+_LONGEST_UNFUSED = 512
+"""Longer prompts attend in SDPA also on CPU: plain products keep weights of length x length for each head."""
+
 LENGTH_RATIO = 1.25
 """Prompts attend in one call if the longest is at most this much longer than the shortest."""
 
@@ -31,6 +34,8 @@ class _Bucket:
     tokens: Int[Tensor, "count width"]
     """Place of each token among all tokens; a token of its own row where there is padding."""
     visible: Bool[Tensor, "count width"]
+    places: Int[Tensor, "tokens"]
+    """Places of the tokens in the padded rows laid end to end; found on the host, so that no layer waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,13 @@ class _PromptPass:
     ) -> Tensor:
         """Attend within each prompt."""
         owner, outputs, kept = self.owner, [], []
-        for bucket in owner.buckets:
-            q, k, v = (part[:, bucket.tokens].transpose(0, 1) for part in (query, key, value))
-            mask = _prompt_mask(bucket, causal=owner.backbone.causal, window=owner.window(sliding_window))
-            out = attend(q, k, v, mask, scale, softcap, fused=owner.fused)
-            outputs.append(out.transpose(1, 2)[bucket.visible])
-            kept.append((k, v))
+        for place, bucket in enumerate(owner.buckets):
+            # Laid out once: every step multiplies with them, and would copy them, and keep its copy, otherwise.
+            q, k, v = (part[:, bucket.tokens].transpose(0, 1).contiguous() for part in (query, key, value))
+            mask = owner.prompt_mask(place, owner.window(sliding_window))
+            out = attend(q, k, v, mask, scale, softcap, fused=owner.fused or mask.shape[-1] > _LONGEST_UNFUSED)
+            outputs.append(out.transpose(1, 2).flatten(0, 1)[bucket.places])
+            kept.append((k.to(v.dtype), v))
         # Only the first time: a checkpointed layer is read again in the backward pass.
         owner.prompt_keys.setdefault(layer, kept)
         return torch.cat(outputs)
@@ -123,6 +129,7 @@ class TrainingRows:
         self.fused = backbone.device.type != "cpu"
         self.prompt_keys: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.generated_keys: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
         self._steps = 0
         tokens = torch.from_numpy(np.concatenate(ordered)).to(backbone.device)
         positions = torch.cat([torch.arange(length, device=backbone.device) for length in lengths])
@@ -131,8 +138,7 @@ class TrainingRows:
             states = backbone.forward_packed(backbone.embed(tokens), positions, rows=_PromptPass(self), generated=False)
         ends = self.lengths.cumsum(0) - 1
         self.last_hidden = states[ends][self._back]
-        row = torch.repeat_interleave(torch.arange(len(lengths), device=backbone.device), self.lengths)
-        sums = torch.zeros(len(lengths), states.shape[1], dtype=states.dtype, device=states.device).index_add(0, row, states)
+        sums = torch.cat([states[bucket.tokens].mul(bucket.visible[..., None]).sum(1) for bucket in self.buckets])
         self.mean_hidden = (sums / self.lengths[:, None])[self._back]
 
     def append(self, embeddings: Float[Tensor, "rows hidden"]) -> None:
@@ -142,6 +148,12 @@ class TrainingRows:
         states = self.backbone.forward_packed(embeddings[self._sorted], positions, rows=view, generated=True)
         self._steps += 1
         self.last_hidden = states[self._back]
+
+    def prompt_mask(self, bucket: int, window: int | None) -> Bool[Tensor, "count 1 query_width width"]:
+        """Return which tokens of its prompt each token of a bucket sees; made once for all layers."""
+        if (bucket, window) not in self._masks:
+            self._masks[bucket, window] = _prompt_mask(self.buckets[bucket], causal=self.backbone.causal, window=window)
+        return self._masks[bucket, window]
 
     def window(self, sliding_window: int | None) -> int | None:
         """Return the window that holds here: a prompt that sees all of itself has none."""
@@ -159,7 +171,9 @@ def _buckets(lengths: list[int], device: torch.device) -> list[_Bucket]:
         place = torch.arange(lengths[first], device=device)
         starts = token + own.cumsum(0) - own
         tokens = starts[:, None] + torch.minimum(place, own[:, None] - 1)
-        buckets.append(_Bucket(slice(first, last), tokens, place < own[:, None]))
+        visible = place < own[:, None]
+        flat = torch.from_numpy(np.concatenate([row * lengths[first] + np.arange(n) for row, n in enumerate(lengths[first:last])]))
+        buckets.append(_Bucket(slice(first, last), tokens, visible, flat.to(device)))
         token += sum(lengths[first:last])
         first = last
     return buckets

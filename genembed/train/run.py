@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import set_seed
 
 from genembed.errors import ConfigurationError
@@ -16,6 +18,7 @@ from genembed.tokens import PromptTokenizer, TokenIds
 from genembed.train.batches import BatchStream, held_out_pairs
 from genembed.train.callbacks import BEST, History, KeepBest, ProgressBar
 from genembed.train.collate import BatchLoader, PairCollator
+from genembed.train.durable import replace_text, writing
 from genembed.train.head import fit_head
 from genembed.train.heldout import HeldOut
 from genembed.train.model import TrainableEmbedder, build
@@ -23,7 +26,7 @@ from genembed.train.overlap import TextFilter
 from genembed.train.pairs import BadRows
 from genembed.train.recipe import Recipe
 from genembed.train.teacher import FrozenTeacher, check_own_start
-from genembed.train.trainer import StepwiseTrainer, complete_checkpoint
+from genembed.train.trainer import STAGING, StepwiseTrainer, complete_checkpoint
 
 RECIPE_FILE = "recipe.json"
 
@@ -55,7 +58,7 @@ def train(
         TrainingError: If a checkpoint cannot be written.
         NonFiniteError: If the loss stops being finite; the batch is kept for inspection.
     """
-    checkpoint = _prepare(recipe, output, resume=resume)
+    checkpoint = _prepare(recipe, output, exclude, resume=resume)
     set_seed(recipe.seed)
     model = build(recipe, lambda tokenizer: _texts(recipe, tokenizer, exclude))
     if recipe.objective.needs_teacher and recipe.teacher is None:
@@ -64,41 +67,57 @@ def train(
     if recipe.fit_head and checkpoint is None:
         fit_head(model, _texts(recipe, model.tokenizer, exclude))
     trainer = _trainer(recipe, model, collator, output, checkpoint, bad, strict=strict, exclude=exclude)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-    if bad.total:
-        log.warning("%s", bad.report())
-    if recipe.evaluation is not None and recipe.evaluation.patience and (output / BEST).is_dir():
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    finally:
+        _report(bad, collator, exclude)
+    if recipe.evaluation is not None and recipe.evaluation.patience:
         model.restore(output / BEST)
     if trainer.args.should_save:
-        model.save(output, recipe.served or model.settings)
+        with writing(output):
+            model.save(output, recipe.served or model.settings)
     return model.eval()
 
 
-def _prepare(recipe: Recipe, output: Path, *, resume: bool) -> Path | None:
+def _prepare(recipe: Recipe, output: Path, exclude: TextFilter | None, *, resume: bool) -> Path | None:
     """Check the run's folder; return the checkpoint to go on from."""
-    path, value = output / RECIPE_FILE, recipe_json(recipe)
+    state, path = PartialState(), output / RECIPE_FILE
+    value = {**recipe_json(recipe), "processes": state.num_processes, "excluded": 0 if exclude is None else exclude.fingerprint}
+    if state.is_main_process:
+        shutil.rmtree(output / STAGING, ignore_errors=True)  # what a killed run left half written
+    state.wait_for_everyone()
     checkpoint = complete_checkpoint(output) if output.is_dir() else None
     if checkpoint is not None and not resume:
         raise ConfigurationError(f"{output} holds a run ({checkpoint.name}); go on with --resume, or choose another folder.")
     if checkpoint is not None and path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(name for name in value if name not in _FREE and before.get(name) != value[name])
+        changed = sorted(name for name in before if name not in _FREE and before[name] != value.get(name))
         if changed:
             raise ConfigurationError(f"{output}: the run was started with another {', '.join(changed)}; choose another folder.")
-    output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    if resume and checkpoint is None:
+        log.warning("%s has no complete checkpoint: the run starts from the beginning.", output)
+    if state.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(value, indent=2) + "\n")
+    state.wait_for_everyone()
     return checkpoint
+
+
+def _report(bad: BadRows, collator: PairCollator, exclude: TextFilter | None) -> None:
+    """Say what of the data was not used."""
+    if bad.total or bad.texts:
+        log.warning("%s", bad.report())
+    if collator.skipped:
+        log.warning("pairs whose instruction left no room for a text: %s", dict(collator.skipped))
+    if exclude is not None and exclude.dropped.total():
+        log.warning("kept out of training as texts of a test set: %s", dict(exclude.dropped))
 
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe as the object that is written beside the model."""
-
-    def plain(value: Any) -> Any:
-        return value.to_json() if isinstance(value, ModelSettings) else value
-
-    flat = {name: plain(getattr(recipe, name)) for name in asdict(replace(recipe, settings=None, served=None))}
-    nested = asdict(replace(recipe, settings=None, served=None))
-    result: dict[str, Any] = json.loads(json.dumps({**nested, "settings": flat["settings"], "served": flat["served"]}))
+    own = {name: getattr(recipe, name) for name in ("settings", "served")}
+    plain = {name: value.to_json() if isinstance(value, ModelSettings) else value for name, value in own.items()}
+    result: dict[str, Any] = json.loads(json.dumps({**asdict(replace(recipe, settings=None, served=None)), **plain}))
     return result
 
 
@@ -115,7 +134,7 @@ def _trainer(
 ) -> StepwiseTrainer:
     held_out = None
     if recipe.evaluation is not None:
-        every = replace(recipe, min_steps=0, max_steps=0, batch_tokens=0, length_limits=())
+        every = replace(recipe, batch_tokens=0, length_limits=(), instruction_share=1.0)
         held_out = HeldOut(
             held_out_pairs(recipe.files, share=recipe.evaluation.share, limit=recipe.evaluation.limit, exclude=exclude),
             PairCollator(every, model.tokenizer, model.settings),

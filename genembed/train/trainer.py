@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,8 +15,9 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from genembed.errors import ConfigurationError, NonFiniteError, TrainingError
+from genembed.errors import ConfigurationError, NonFiniteError
 from genembed.train.collate import BatchLoader, TrainingBatch
+from genembed.train.durable import publish, writing
 from genembed.train.gather import gather_across_processes
 from genembed.train.gradcache import cached_loss
 from genembed.train.heldout import HeldOut
@@ -58,8 +56,14 @@ class StepwiseTrainer(Trainer):
         # A mask of false negatives means nothing for scored pairs.
         self.scored_objective = replace(recipe.objective, false_negative_margin=None)
         self._parts: dict[str, float] = {}
+        self._since_update: list[TrainingBatch] = []
         arguments = _arguments(recipe, output, evaluate=held_out is not None)
         super().__init__(model=model, args=arguments, train_dataset=[0], eval_dataset=[0])
+        if self.args.n_gpu > 1:
+            raise ConfigurationError(
+                f"{self.args.n_gpu} GPUs and one process: start one process for each GPU, "
+                f"torchrun --nproc_per_node {self.args.n_gpu} -m genembed.cli train ..., or hide the others with CUDA_VISIBLE_DEVICES."
+            )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, to be divided by the accumulated batches
         for theirs in (PrinterCallback, ProgressCallback):
             self.remove_callback(theirs)
@@ -71,12 +75,13 @@ class StepwiseTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Tensor:
         """Return the objective of one batch; stop the run at a loss that is not finite."""
         batch: TrainingBatch = inputs["batch"]
+        self._since_update.append(batch)
         if self.recipe.chunk:
             loss = self._cached(model, batch)
         else:
             refined = model(batch.prompts, batch.steps)
             loss = self._objective(refined.vectors, refined.start, batch).total
-        self._check_finite(loss, batch)
+        self._check_finite("loss", loss.detach())
         return loss
 
     def _cached(self, model: Any, batch: TrainingBatch) -> Tensor:
@@ -130,16 +135,24 @@ class StepwiseTrainer(Trainer):
             else:
                 self._parts[name] = numbers[0]
 
-    def _check_finite(self, loss: Tensor, batch: TrainingBatch) -> None:
-        if bool(torch.isfinite(loss)):
+    def _check_finite(self, what: str, value: Tensor) -> None:
+        """Stop before weights are changed by a number that is not finite; keep the batches since the last update."""
+        if bool(torch.isfinite(value)):
             return
         path = self.run_folder / BAD_BATCH
-        value = {"batch": batch.number, "steps": batch.steps, "loss": str(loss.item()), "pairs": [asdict(pair) for pair in batch.pairs]}
-        path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        kept = [{"batch": one.number, "steps": one.steps, "pairs": [asdict(pair) for pair in one.pairs]} for one in self._since_update]
+        path.write_text(json.dumps({what: str(value.item()), "batches": kept}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         raise NonFiniteError(
-            f"the loss of batch {batch.number} is {loss.item()}; its texts are in {path}. A smaller learning rate or a higher "
-            "temperature usually cures it; the last complete checkpoint is untouched."
+            f"the {what} of batch {self._since_update[-1].number} is {value.item()}; its texts are in {path}. A smaller learning rate or a "
+            "higher temperature usually cures it; the last complete checkpoint is untouched."
         )
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip gradients; refuse those that are not finite."""
+        norm = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        self._check_finite("gradient norm", torch.as_tensor(norm))
+        self._since_update = []
+        return norm
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return AdamW, with a learning rate of its own for a trained soft-token head."""
@@ -187,45 +200,20 @@ class StepwiseTrainer(Trainer):
         """Write a checkpoint that is complete or absent."""
         name = f"checkpoint-{self.state.global_step}"
         staged, final = self.run_folder / STAGING / name, self.run_folder / name
-        try:
+        with writing(final, leftover=self.run_folder / STAGING):
             super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                _publish(staged, final)
-        except OSError as error:
-            shutil.rmtree(self.run_folder / STAGING, ignore_errors=True)
-            reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
-            raise TrainingError(
-                f"checkpoint {final} could not be written: {reason}. Earlier checkpoints are untouched; make room and start again with "
-                "--resume."
-            ) from error
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            with writing(final, leftover=self.run_folder / STAGING):
+                publish(staged, final)
         if self.args.should_save:
             rotate_checkpoints(output_dir=str(self.run_folder), save_total_limit=self.recipe.keep, use_mtime=True)
 
 
 def complete_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint of a run, removing what a killed run left half written."""
-    shutil.rmtree(folder / STAGING, ignore_errors=True)
+    """Return the newest complete checkpoint of a run."""
     numbered = [(int(path.name.split("-")[1]), path) for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
     return max(numbered)[1] if numbered else None
-
-
-def _publish(staged: Path, final: Path) -> None:
-    """Make a written folder durable, and give it its name in one step."""
-    for path in [*staged.rglob("*"), staged]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    if final.exists():  # a run that was resumed before this checkpoint
-        shutil.rmtree(final)
-    staged.rename(final)
-    parent = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
 
 
 def _gathered(candidates: Tensor, positives: Tensor, teacher: Teacher | None, process: int) -> tuple[Tensor, Tensor, Teacher | None]:
