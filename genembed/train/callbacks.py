@@ -8,9 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from genembed.train.durable import publish, recover
 from genembed.train.model import TrainableEmbedder
 from genembed.train.recipe import Recipe
 
@@ -42,8 +44,24 @@ class ProgressBar(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_others: Any) -> None:
         """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the line back to the terminal, also after an error; a second time nothing happens."""
         if self.bar is not None:
             self.bar.close()
+            self.bar = None
+
+
+class OwnIntervals(TrainerCallback):
+    """Logs, evaluates and saves as often as this run's recipe says.
+
+    A resumed Transformers run takes these intervals from its checkpoint, and changed ones would have no effect.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_others: Any) -> None:
+        """Put the intervals of the arguments in the place of the checkpoint's."""
+        state.compute_steps(args, state.max_steps)
 
 
 class History(TrainerCallback):
@@ -102,29 +120,49 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 class KeepBest(TrainerCallback):
-    """Keeps the weights that were best on held-out pairs, and stops a run that no longer gets better."""
+    """Keeps the weights that were best on held-out pairs, and stops a run that no longer gets better.
+
+    The first of several processes decides for all.
+
+    Args:
+        model: What is trained.
+        recipe: The run, with an evaluation.
+        folder: Of the run; the weights are kept in its folder `best`.
+        headline: Name of the number that decides.
+    """
 
     def __init__(self, model: TrainableEmbedder, recipe: Recipe, folder: Path, headline: str) -> None:
         assert recipe.evaluation is not None
         self.model, self.settings = model, recipe.served or model.settings
         self.folder, self.name, self.patience = folder, f"eval_{headline}", recipe.evaluation.patience
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_others: Any) -> None:
+        """Bring back the best weights, if the run was killed while it put better ones in their place."""
+        if state.is_world_process_zero:
+            recover(self.folder / BEST)
+
     def on_evaluate(self, args: Any, state: Any, control: Any, **_others: Any) -> None:
         """Save a new best; count the evaluations since."""
-        if not state.is_world_process_zero and not self.patience:
-            return
         past = [(line[self.name], line["step"]) for line in state.log_history if self.name in line]
         best, place = max(past, key=lambda point: (point[0], -point[1]))
         if place == state.global_step and state.is_world_process_zero:
             self._save(best, place)
         since = sum(step > place for _, step in past)
-        if self.patience and since >= self.patience:
+        if self.patience and _decided(since >= self.patience):
             control.should_training_stop = True
 
     def _save(self, value: float, step: int) -> None:
-        staged, final = self.folder / f".{BEST}", self.folder / BEST
+        staged = self.folder / f".{BEST}"
         shutil.rmtree(staged, ignore_errors=True)
         self.model.save(staged, self.settings)
         (staged / "score.json").write_text(json.dumps({"step": step, self.name: value}) + "\n", encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        staged.rename(final)
+        publish(staged, self.folder / BEST)
+
+
+def _decided(stop: bool) -> bool:
+    """Return what the first process says: sums of floats differ between processes, and one that stopped alone would hang the rest."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return stop
+    decision = [stop]
+    distributed.broadcast_object_list(decision, src=0)
+    return decision[0]

@@ -1,76 +1,44 @@
-"""Files that are complete or absent, whatever happens while they are written."""
+"""Folders that a killed process or a power cut leaves whole or absent."""
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-from safetensors import SafetensorError
-
-from genembed.errors import TrainingError
-
-_ROOM = 1 << 20
-"""Fewer free bytes than this count as a full disk: PyTorch's own error does not say why a file ended early."""
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Make a written folder durable, and give it its name; one that had the name before stays until then."""
-    for path in [*staged.rglob("*"), staged]:
-        _sync(path)
-    old = final.with_name(f".old-{final.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    staged.rename(final)
-    _sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    """Make a written folder durable and give it its name; a folder of that name gives way.
 
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file in one step."""
-    staged = path.with_name(f".{path.name}")
-    staged.write_text(text, encoding="utf-8")
-    _sync(staged)
-    staged.replace(path)
-
-
-@contextmanager
-def writing(path: Path, *, leftover: Path | None = None) -> Iterator[None]:
-    """Turn what goes wrong while a checkpoint is written into an error that says what is lost, and what is not.
+    The earlier folder is moved aside before, and deleted after: at every moment one whole folder lies under `final` or under the
+    name from which `recover` brings it back.
 
     Args:
-        path: What is written.
-        leftover: Folder to remove when it fails.
-
-    Raises:
-        TrainingError: If the disk is full or refuses.
+        staged: The written folder, on the same file system.
+        final: The name it gets.
     """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        full = _is_full(error, path)
-        if not full and not isinstance(error, OSError):
-            raise
-        if leftover is not None:
-            shutil.rmtree(leftover, ignore_errors=True)
-        reason = "the disk is full" if full else str(error)
-        raise TrainingError(
-            f"{path} could not be written: {reason}. Earlier checkpoints are untouched; make room and start again with --resume."
-        ) from error
+    for path in [*staged.rglob("*"), staged]:
+        _sync(path)
+    recover(final)
+    aside = _aside(final)
+    if final.exists():
+        final.rename(aside)
+    staged.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
-def _is_full(error: BaseException, path: Path) -> bool:
-    """Whether there is no room: writers of tensors raise errors of their own for that."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if any(sign in str(error) for sign in ("os error 28", "os error 27", "No space left", "unexpected pos")):
-        return True
-    place = next(folder for folder in (path, *path.parents) if folder.exists())
-    return shutil.disk_usage(place).free < _ROOM
+def recover(final: Path) -> None:
+    """Bring back the folder that a killed `publish` had moved aside, or delete it if its successor is there."""
+    aside = _aside(final)
+    if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    elif aside.exists():
+        aside.rename(final)
+
+
+def _aside(final: Path) -> Path:
+    return final.with_name(f".old-{final.name}")
 
 
 def _sync(path: Path) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from genembed.backbone import Backbone
-from genembed.errors import ConfigurationError
+from genembed.errors import ConfigurationError, NonFiniteError
 from genembed.tokens import TokenIds
 from genembed.train.collate import PairCollator
 from genembed.train.pairs import Pair
@@ -28,19 +28,25 @@ class _Task:
 
     queries: list[TokenIds]
     candidates: list[TokenIds]
+    identities: list[int]
+    """Of each candidate: the place of the first one with the same token ids."""
     scores: list[float] | None
 
 
 class HeldOut:
     """Pairs that are never trained on, by file, and what they say of a model.
 
-    For pairs, nDCG@10 of each query's positive among all positives and negatives of its file; for scored pairs, Spearman's
-    correlation of cosine and score; both times 100.
+    For pairs, nDCG@10 of each query's positive among all positives and negatives of its file, copies of that positive left out;
+    for scored pairs, Spearman's correlation of cosine and score; both times 100.
 
     Args:
         pairs: By the name of their file.
-        collator: Makes their prompts, with instructions.
+        collator: Makes their prompts. Its recipe must have `instruction_share=1.0`: a held-out pair that has an instruction carries
+            it, whatever part of the training batches does, and one prompt stands for each text in every evaluation.
         evaluation: K at which quality is measured.
+
+    Raises:
+        ConfigurationError: If no file has two pairs.
     """
 
     def __init__(self, pairs: Mapping[str, Sequence[Pair]], collator: PairCollator, evaluation: Evaluation) -> None:
@@ -53,18 +59,23 @@ class HeldOut:
 
     @property
     def headline(self) -> str:
-        """The one number that decides what is best: the mean over files at the largest K."""
+        """The one number that decides what is best: the mean over files of nDCG@10 or Spearman's correlation at the largest K."""
         return f"mean_k{max(self.steps)}"
 
     @torch.no_grad()
     def measure(self, backbone: Backbone) -> dict[str, float]:
-        """Return `mean_kK` for every K, and `NAME_kK` of every file at the largest K."""
+        """Return `mean_kK` for every K, and `NAME_kK` of every file at the largest K.
+
+        Raises:
+            NonFiniteError: If a vector is not finite: it has no rank.
+        """
         values: dict[int, list[float]] = {k: [] for k in self.steps}
         result: dict[str, float] = {}
         for name, task in self.tasks.items():
             queries, candidates = (self._refined(backbone, texts) for texts in (task.queries, task.candidates))
+            score = _spearman if task.scores is not None else _ndcg
             for place, k in enumerate(self.steps):
-                score = _spearman if task.scores is not None else _ndcg
+                _check_finite(torch.cat([queries[:, place], candidates[:, place]]), name, k)
                 values[k].append(score(queries[:, place], candidates[:, place], task))
             result[f"{name}_k{max(self.steps)}"] = values[max(self.steps)][-1]
         return {**{f"mean_k{k}": float(np.mean(own)) for k, own in values.items()}, **result}
@@ -87,15 +98,29 @@ class HeldOut:
 def _task(pairs: list[Pair], collator: PairCollator) -> _Task:
     batch = collator(0, pairs)
     scores = [pair.score for pair in pairs]
-    return _Task(batch.queries, batch.candidates, None if scores[0] is None else [score or 0.0 for score in scores])
+    first: dict[tuple[int, ...], int] = {}
+    identities = [first.setdefault(tuple(ids.tolist()), place) for place, ids in enumerate(batch.candidates)]
+    known = None if scores[0] is None else [score or 0.0 for score in scores]
+    return _Task(batch.queries, batch.candidates, identities, known)
 
 
-def _ndcg(queries: Float[Tensor, "queries hidden"], candidates: Float[Tensor, "candidates hidden"], _task: _Task) -> float:
+def _check_finite(vectors: Float[Tensor, "texts hidden"], name: str, k: int) -> None:
+    bad = int((~torch.isfinite(vectors).all(-1)).sum())
+    if bad:
+        raise NonFiniteError(
+            f"{name}: {bad} of {len(vectors)} held-out vectors at K={k} are not finite: the weights have diverged. Train with a smaller "
+            "learning rate or a higher temperature, from the last checkpoint that was good."
+        )
+
+
+def _ndcg(queries: Float[Tensor, "queries hidden"], candidates: Float[Tensor, "candidates hidden"], task: _Task) -> float:
     """Return nDCG@10 with one relevant text for each query: 1 / log2(1 + rank), 0 beyond rank 10."""
     scores = queries @ candidates.T
     own = scores.diagonal()[:, None]
+    identities = torch.tensor(task.identities)
+    others = identities[None, :] != identities[: len(queries), None]  # a positive that two queries share is right for both
     # Texts that tie with the positive stand before it: equal vectors must not count as found.
-    ahead = (scores >= own).sum(1) - 1
+    ahead = ((scores >= own) & others).sum(1)
     gains = torch.where(ahead < 10, 1 / torch.log2(ahead + 2.0), torch.zeros_like(ahead, dtype=torch.float32))
     return 100 * float(gains.mean())
 

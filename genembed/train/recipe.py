@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,8 +17,11 @@ class Lora:
     """A low-rank adapter, saved in the layout that GIRCSE publishes."""
 
     rank: int = 64
+    """Width of the two factors of a layer's change."""
     alpha: int = 32
+    """The change is their product times alpha / rank."""
     dropout: float = 0.0
+    """Share of a layer's inputs that its change does not see while training."""
     targets: tuple[str, ...] | str = "all-linear"
     """Names of the linear layers, a regular expression of their full names, or all of them."""
 
@@ -42,7 +46,8 @@ class Evaluation:
     steps: tuple[int, ...] = (1, 3, 5, 10, 20)
     """K at which quality is measured."""
     patience: int = 0
-    """Stop after this many evaluations without a better nDCG@10 at the largest K; 0 to run to the end."""
+    """Stop after this many evaluations without a better mean over files, of nDCG@10 or Spearman's correlation, at the
+    largest K; 0 to run to the end."""
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -63,6 +68,7 @@ class Recipe:
     files: tuple[DataFile, ...]
     """Training pairs."""
     objective: Objective = field(default_factory=Objective)
+    """The loss."""
     teacher: str | None = None
     """Model whose in-batch similarities are distilled; None for z_0 of the model itself, where that is frozen."""
 
@@ -74,8 +80,9 @@ class Recipe:
     one_source: bool = True
     """Each batch from one file, so that in-batch negatives are of one kind."""
     query_tokens: int = 256
+    """Longest query; texts are cut from the right, after the template."""
     passage_tokens: int = 2048
-    """Longest query and passage; texts are cut from the right, after the template."""
+    """Longest positive and negative."""
     length_limits: tuple[int, ...] = ()
     """If any, each batch draws one of these as a further limit on its texts, so that short and long prompts both occur."""
     batch_tokens: int = 0
@@ -88,8 +95,9 @@ class Recipe:
 
     # The refinement
     min_steps: int = 5
+    """Smallest K; every batch draws its own. 0 for one-pass models alone."""
     max_steps: int = 5
-    """K is drawn from this range for every batch; 0 and 0 for one-pass models."""
+    """Largest K; 0 for one-pass models."""
 
     # The weights
     lora: Lora | None = field(default_factory=Lora)
@@ -100,16 +108,21 @@ class Recipe:
     """Tokens that such a head can speak: the most frequent ones of those texts, special tokens left out; 0 for all. The products
     with the vocabulary are most of a small model's step."""
     learning_rate: float = 1e-5
+    """Highest rate, reached after the warm-up; it falls to 0 along a cosine."""
     head_learning_rate: float = 2e-5
     """Of a trained soft-token head: at the adapter's rate it forgets its start, and every text speaks the same token (docs/LOG.md)."""
     weight_decay: float = 0.0
+    """AdamW's."""
     warmup_ratio: float = 0.1
+    """Share of the updates in which the rate rises."""
     max_gradient_norm: float = 1.0
+    """Longer gradients are scaled down to this Euclidean norm."""
     updates: int
     """Optimizer steps."""
     accumulation: int = 1
     """Batches for each optimizer step."""
     seed: int = 0
+    """Of the new weights, the order of the pairs and all that is drawn for a batch."""
 
     # Memory and machine
     chunk: int = 0
@@ -123,10 +136,13 @@ class Recipe:
 
     # What is kept
     evaluation: Evaluation | None = None
+    """None to hold nothing out; `every` must be a multiple of `log_every`."""
     save_every: int = 200
+    """Updates between two checkpoints, a multiple of `log_every`: what a resumed run logs is then what an unbroken one does."""
     keep: int = 2
     """Checkpoints kept for resuming; older ones are removed."""
     log_every: int = 10
+    """Updates between two log lines; each has the mean loss since the one before."""
     report_to: tuple[str, ...] = ()
     """Trackers that Transformers knows: tensorboard, wandb, mlflow, trackio, ..."""
     served: ModelSettings | None = None
@@ -136,22 +152,83 @@ class Recipe:
         """Check the values that no other part checks."""
         if not self.files:
             raise ConfigurationError("files: name at least one file of pairs.")
-        for name in ("queries", "query_tokens", "passage_tokens", "updates", "accumulation", "save_every", "keep", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name}={getattr(self, name)}: must be at least 1.")
-        for name in ("negatives", "batch_tokens", "chunk", "fit_head", "head_tokens", "min_steps", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ConfigurationError(f"{name}={getattr(self, name)}: must not be negative.")
-        if self.head_tokens and not (self.fit_head and self.lora):
-            raise ConfigurationError(f"head_tokens={self.head_tokens} has an effect with fit_head and an adapter only.")
-        if self.max_steps < self.min_steps:
-            raise ConfigurationError(f"min_steps={self.min_steps}, max_steps={self.max_steps}: the range of K is empty.")
-        if not 0 <= self.instruction_share <= 1:
-            raise ConfigurationError(f"instruction_share={self.instruction_share}: must be in [0, 1].")
         self._check_names()
+        self._check_counts()
+        self._check_rates()
+        self._check_steps()
+        self._check_effects()
+        self._check_intervals()
 
     def _check_names(self) -> None:
         if self.passage_rule not in ("symmetric", "released"):
             raise ConfigurationError(f"passage_rule={self.passage_rule!r}: choose symmetric or released.")
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigurationError(f"dtype={self.dtype!r}: choose float32 or bfloat16.")
+
+    def _check_counts(self) -> None:
+        for name in ("queries", "query_tokens", "passage_tokens", "updates", "accumulation", "save_every", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name}={getattr(self, name)}: must be at least 1.")
+        for name in ("negatives", "batch_tokens", "chunk", "fit_head", "head_tokens", "min_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigurationError(f"{name}={getattr(self, name)}: must not be negative.")
+        if any(limit < 1 for limit in self.length_limits):
+            raise ConfigurationError(
+                f"length_limits={self.length_limits}: a text has at least one token; name limits of at least 1, or none: ()."
+            )
+
+    def _check_rates(self) -> None:
+        for name in ("learning_rate", "head_learning_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigurationError(f"{name}={getattr(self, name)}: must not be negative, and finite; 0 switches it off.")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ConfigurationError(
+                f"warmup_ratio={self.warmup_ratio}: a share of the updates in [0, 1) is needed, for example 0.1; 0 for no warm-up."
+            )
+        if not self.max_gradient_norm > 0:
+            raise ConfigurationError(
+                f"max_gradient_norm={self.max_gradient_norm}: gradients of norm 0 train nothing; it must be above 0, and so that "
+                "nothing is clipped large, for example 1e9."
+            )
+        if not 0 <= self.instruction_share <= 1:
+            raise ConfigurationError(f"instruction_share={self.instruction_share}: must be in [0, 1].")
+
+    def _check_steps(self) -> None:
+        if self.max_steps < self.min_steps:
+            raise ConfigurationError(f"min_steps={self.min_steps}, max_steps={self.max_steps}: the range of K is empty.")
+        if self.min_steps == 0 < self.max_steps:
+            raise ConfigurationError(
+                f"min_steps=0, max_steps={self.max_steps}: a batch of K=0 has no refinement to learn from; use min_steps=1, or "
+                "max_steps=0 for a one-pass model."
+            )
+        if self.evaluation is not None and self.max_steps == 0 < max(self.evaluation.steps):
+            raise ConfigurationError(
+                f"evaluation: steps={self.evaluation.steps} with max_steps=0: a one-pass model makes no steps; use steps=(0,)."
+            )
+
+    def _check_effects(self) -> None:
+        """Refuse options that would have no effect."""
+        objective = self.objective
+        if self.head_tokens and not (self.fit_head and self.lora):
+            raise ConfigurationError(f"head_tokens={self.head_tokens} has an effect with fit_head and an adapter only.")
+        if self.teacher is not None and not objective.needs_teacher:
+            raise ConfigurationError(
+                f"teacher={self.teacher!r}: the objective asks no teacher; set objective.distillation or "
+                "objective.false_negative_margin, or use teacher=None."
+            )
+        if objective.self_distillation > 0 and self.max_steps <= objective.self_distillation_step:
+            raise ConfigurationError(
+                f"max_steps={self.max_steps}: no step comes after objective.self_distillation_step={objective.self_distillation_step} "
+                "for it to learn from; use a larger max_steps, an earlier step, or objective.self_distillation=0."
+            )
+
+    def _check_intervals(self) -> None:
+        intervals = {"save_every": self.save_every}
+        if self.evaluation is not None:
+            intervals["evaluation.every"] = self.evaluation.every
+        for name, every in intervals.items():
+            if every % self.log_every:
+                raise ConfigurationError(
+                    f"{name}={every} with log_every={self.log_every}: a logged loss is the mean since the line before, and a resumed run "
+                    f"would log another one; make {name} a multiple of log_every."
+                )
