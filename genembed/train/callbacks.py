@@ -12,7 +12,7 @@ from torch import distributed
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from genembed.train.durable import publish, recover
+from genembed.train.durable import publish, recover, writing
 from genembed.train.model import TrainableEmbedder
 from genembed.train.recipe import Recipe
 
@@ -152,11 +152,12 @@ class KeepBest(TrainerCallback):
             control.should_training_stop = True
 
     def _save(self, value: float, step: int) -> None:
-        staged = self.folder / f".{BEST}"
+        staged, final = self.folder / f".{BEST}", self.folder / BEST
         shutil.rmtree(staged, ignore_errors=True)
-        self.model.save(staged, self.settings)
-        (staged / "score.json").write_text(json.dumps({"step": step, self.name: value}) + "\n", encoding="utf-8")
-        publish(staged, self.folder / BEST)
+        with writing(final, leftover=staged):
+            self.model.save(staged, self.settings)
+            (staged / "score.json").write_text(json.dumps({"step": step, self.name: value}) + "\n", encoding="utf-8")
+            publish(staged, final)
 
 
 def _decided(stop: bool) -> bool:

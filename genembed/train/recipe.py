@@ -223,12 +223,13 @@ class Recipe:
             )
 
     def _check_intervals(self) -> None:
-        intervals = {"save_every": self.save_every}
+        intervals = {
+            "save_every": (self.save_every, "a logged loss is the mean since the line before, and a resumed run would log another")
+        }
         if self.evaluation is not None:
-            intervals["evaluation.every"] = self.evaluation.every
-        for name, every in intervals.items():
+            intervals["evaluation.every"] = (self.evaluation.every, "quality would stand in lines of the history without a loss")
+        for name, (every, reason) in intervals.items():
             if every % self.log_every:
                 raise ConfigurationError(
-                    f"{name}={every} with log_every={self.log_every}: a logged loss is the mean since the line before, and a resumed run "
-                    f"would log another one; make {name} a multiple of log_every."
+                    f"{name}={every} with log_every={self.log_every}: {reason}; make {name} a multiple of log_every, or log_every smaller."
                 )
