@@ -34,7 +34,7 @@ EVERYTHING = Recipe(
     settings=ModelSettings(halt=ConvergeStop(threshold=0.9), max_length=9),
     files=(DataFile(path="a.jsonl", weight=2.0), DataFile(path="b.jsonl", max_score=5)),
     updates=10,
-    evaluation=Evaluation(every=5),
+    evaluation=Evaluation(every=10),
     served=ModelSettings(query_instruction="Find"),
 )
 
@@ -94,8 +94,8 @@ def test_the_order_of_independent_changes_does_not_matter() -> None:
         (["length_limits=[]", "lora.targets=.*proj"], {"length_limits": (), "lora": Lora(targets=".*proj")}),
         (["dtype=bfloat16", "gather=false"], {"dtype": "bfloat16", "gather": False}),
         (["evaluation={}"], {"evaluation": Evaluation()}),
-        (["evaluation={}", "evaluation.every=7"], {"evaluation": Evaluation(every=7)}),
-        (['evaluation={"every": 7, "steps": [1]}'], {"evaluation": Evaluation(every=7, steps=(1,))}),
+        (["evaluation={}", "evaluation.every=70"], {"evaluation": Evaluation(every=70)}),
+        (['evaluation={"every": 70, "steps": [1]}'], {"evaluation": Evaluation(every=70, steps=(1,))}),
         (["settings=laser"], {"settings": "laser"}),
         (['settings={"halt": {"steps": 3}}'], {"settings": ModelSettings(halt=FixedSteps(3))}),
         (['settings={"halt": {"threshold": 0.5}}'], {"settings": ModelSettings(halt=ConvergeStop(threshold=0.5))}),

@@ -16,7 +16,7 @@ from genembed.errors import ConfigurationError
 from genembed.settings import ModelSettings
 from genembed.tokens import PromptTokenizer, TokenIds
 from genembed.train.batches import BatchStream, held_out_pairs
-from genembed.train.callbacks import BEST, History, KeepBest, ProgressBar
+from genembed.train.callbacks import BEST, History, KeepBest, OwnIntervals, ProgressBar
 from genembed.train.collate import BatchLoader, PairCollator
 from genembed.train.durable import replace_text, writing
 from genembed.train.head import fit_head
@@ -66,10 +66,12 @@ def train(
     collator, bad = PairCollator(recipe, model.tokenizer, model.settings), BadRows()
     if recipe.fit_head and checkpoint is None:
         fit_head(model, _texts(recipe, model.tokenizer, exclude))
-    trainer = _trainer(recipe, model, collator, output, checkpoint, bad, strict=strict, exclude=exclude)
+    bar = ProgressBar()
+    trainer = _trainer(recipe, model, collator, output, checkpoint, bad, bar, strict=strict, exclude=exclude)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     finally:
+        bar.close()
         _report(bad, collator, exclude)
     if recipe.evaluation is not None and recipe.evaluation.patience:
         model.restore(output / BEST)
@@ -128,6 +130,7 @@ def _trainer(
     output: Path,
     checkpoint: Path | None,
     bad: BadRows,
+    bar: ProgressBar,
     *,
     strict: bool,
     exclude: TextFilter | None,
@@ -149,7 +152,8 @@ def _trainer(
 
     teacher = FrozenTeacher(recipe.teacher, device=str(model.backbone.device)) if recipe.teacher is not None else None
     trainer = StepwiseTrainer(model, recipe, loader, held_out, output, teacher)
-    trainer.add_callback(ProgressBar())
+    for callback in (bar, OwnIntervals()):
+        trainer.add_callback(callback)
     trainer.add_callback(History(output))
     if held_out is not None:
         trainer.add_callback(KeepBest(model, recipe, output, held_out.headline))
