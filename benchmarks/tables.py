@@ -123,9 +123,14 @@ def training() -> str:
 TABLES: Mapping[str, Callable[[], str]] = {"throughput": throughput, "scifact": scifact, "gates": gates, "training": training}
 
 
-def filled(text: str) -> str:
-    """Return a document with every table made anew."""
-    return _BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]]()}\n{block[3]}", text)
+def filled(text: str, folder: Path) -> str:
+    """Return a document of a folder with every table made anew."""
+    to_root = "../" * len(folder.relative_to(README.parent).parts)
+
+    def table(block: re.Match[str]) -> str:
+        return f"{block[1]}{TABLES[block[2]]().replace('](benchmarks/', f']({to_root}benchmarks/')}\n{block[3]}"
+
+    return _BLOCK.sub(table, text)
 
 
 def main() -> None:
@@ -135,7 +140,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for path in (README, CARD):
         text = path.read_text(encoding="utf-8")
-        made = filled(text)
+        made = filled(text, path.parent)
         if arguments.check and made != text:
             sys.exit(f"{path}: its tables are not those of the result files; run benchmarks/tables.py")
         path.write_text(made, encoding="utf-8")
