@@ -55,20 +55,19 @@ def throughput() -> str:
         "spread over 4-20",
     ]
     rows, sources = [], []
-    for theme in ("throughput-mini", "throughput-qwen"):
-        path, result = newest(theme)
+    for model in ("mini", "mini-full", "qwen"):
+        path, result = newest(f"throughput-{model}")
         sources.append(_source(path))
-        for one in result["comparisons"]:
-            rows.append(_throughput_row(one))
+        rows += [_throughput_row(model, one) for one in result["comparisons"]]
     note = "Milliseconds a text; *halting*: share of the iteration saving saved in decoding; then of the whole time, with its ceiling."
     return f"{note} {', '.join(sources)}.\n\n{_table(heads, rows)}"
 
 
-def _throughput_row(one: Mapping[str, Any]) -> list[str]:
+def _throughput_row(model: str, one: Mapping[str, Any]) -> list[str]:
     variants = one["variants"]
     saved = [variants[f"engine {trace}"]["saving"] for trace in ("near 9", "4-20")]
     return [
-        f"{one['model']}, {one['texts']} {one['kind']}, mean {one['mean_tokens']:.0f} tokens",
+        f"{model}, {one['texts']} {one['kind']}, mean {one['mean_tokens']:.0f} tokens",
         *(f"{variants[name]['ms_per_text']:.1f}" for name in ("causal-eos", "plain", "sorted", "engine")),
         f"{variants['engine']['plain_over_this']:.2f}x",
         f"{variants['engine']['to_causal_eos']:.2f} ({one['flop_bound']:.2f})",

@@ -1,8 +1,9 @@
 """How fast is the engine, against the paper's algorithm and against the arithmetic?
 
-    python benchmarks/throughput.py [--models mini qwen] [--repeats 3] [--threads 2] [--texts 256]
+    python benchmarks/throughput.py [--models mini mini-full qwen] [--repeats 3] [--threads 2] [--texts 256]
 
-On `mini` and on a random model of Qwen2.5-0.5B's shape, for queries of mean 20 tokens and documents of mean 200, side by side:
+On `mini`, on `mini` with a head over its whole vocabulary, and on a random model of Qwen2.5-0.5B's shape, for queries of
+mean 20 tokens and documents of mean 200, side by side:
 
 - `causal-eos`   the engine without refinement: one pass, the unit of every ratio
 - `plain`        the paper's algorithm 1 as released: padded batches of 32 in the given order, logits at all positions, no compaction
@@ -33,7 +34,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from genembed import FixedSteps, Progress, checkpoint, source
-from genembed.backbone import Backbone
+from genembed.backbone import Backbone, SoftTokenHead
 from genembed.engine import Engine
 from genembed.pooling import Pooling
 from genembed.refine import step
@@ -91,7 +92,7 @@ def plain_loop(backbone: Backbone, prompts: Sequence[TokenIds], *, improved: boo
                 progress, _cosine = step(backbone, rows, progress)
             else:
                 probabilities = torch.softmax(backbone.head(rows.last_hidden) / backbone.settings.temperature, dim=-1)
-                rows.append(probabilities @ backbone.table)
+                rows.append(probabilities @ backbone.spoken)
                 progress, _cosine = backbone.settings.pooling.advance(progress, rows.last_hidden)
     return STEPS * len(order)
 
@@ -104,6 +105,15 @@ def engine_loop(engine: Engine, prompts: Sequence[TokenIds], halt: Any) -> int:
 def load_mini() -> Backbone:
     """Return the built-in model."""
     return checkpoint.load(source.resolve(MINI, adapter=None, preset=None, offline=True), device="cpu", dtype="float32").backbone
+
+
+def load_mini_full() -> Backbone:
+    """Return the built-in model with a head that speaks its whole vocabulary, as its first version did."""
+    mini = load_mini()
+    assert mini.trained_head is not None
+    head = SoftTokenHead(mini.hidden_size, len(mini.table))
+    head.dense, head.norm = mini.trained_head.dense, mini.trained_head.norm
+    return Backbone(mini.model, mini.settings, head=head.eval().requires_grad_(False))
 
 
 def load_qwen() -> Backbone:
@@ -130,7 +140,7 @@ def flop_bound(backbone: Backbone, mean_length: float) -> float:
     body = sum(
         p.numel() for name, p in backbone.base.named_parameters() if p.dim() == 2 and "embedding" not in name and "embed" not in name
     )
-    vocabulary = 2 * backbone.table.numel()
+    vocabulary = 2 * backbone.spoken.numel()
     return 1 + STEPS * (1 + vocabulary / body) / mean_length
 
 
@@ -221,7 +231,7 @@ def report(
 def main() -> None:
     """Run the comparisons and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["mini", "qwen"], choices=["mini", "qwen"])
+    parser.add_argument("--models", nargs="+", default=["mini", "qwen"], choices=["mini", "mini-full", "qwen"])
     parser.add_argument("--kinds", nargs="+", default=["queries", "documents"], choices=["queries", "documents"])
     parser.add_argument("--texts", type=int, default=None, help="texts in a run (default: 512 for mini, 96 for qwen)")
     parser.add_argument("--repeats", type=int, default=3)
@@ -230,7 +240,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
-    loaders = {"mini": (load_mini, 512), "qwen": (load_qwen, 96)}
+    loaders = {"mini": (load_mini, 512), "mini-full": (load_mini_full, 512), "qwen": (load_qwen, 96)}
     comparisons = []
     for model in arguments.models:
         loader, count = loaders[model]
