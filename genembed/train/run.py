@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from transformers import set_seed
 
@@ -83,7 +84,7 @@ def train(
 
 def _prepare(recipe: Recipe, output: Path, exclude: TextFilter | None, *, resume: bool) -> Path | None:
     """Check the run's folder; return the checkpoint to go on from."""
-    state, path = PartialState(), output / RECIPE_FILE
+    state, path = PartialState(cpu=not torch.cuda.is_available()), output / RECIPE_FILE
     value = {**recipe_json(recipe), "processes": state.num_processes, "excluded": 0 if exclude is None else exclude.fingerprint}
     if state.is_main_process:
         shutil.rmtree(output / STAGING, ignore_errors=True)  # what a killed run left half written
