@@ -206,7 +206,6 @@ class StepwiseTrainer(Trainer):
         if self.args.should_save:
             with writing(final, leftover=self.run_folder / STAGING):
                 publish(staged, final)
-        if self.args.should_save:
             rotate_checkpoints(output_dir=str(self.run_folder), save_total_limit=self.recipe.keep, use_mtime=True)
 
 
