@@ -68,7 +68,7 @@ class _Columns:
             raise InputError(
                 f"{place}: column {self.text!r} holds {text!r:.80}, which is not text; drop the row or write the value as a string."
             )
-        if not isinstance(identifier, (str, int)) or isinstance(identifier, bool) or not _is_unicode(str(identifier)):
+        if not isinstance(identifier, (str, int)) or isinstance(identifier, bool) or not is_unicode(str(identifier)):
             raise InputError(f"{place}: column {self.id!r} holds {identifier!r:.80}; an id is a string or an integer.")
         return Record(str(identifier), text, line)
 
@@ -217,7 +217,8 @@ def _read_parquet(file: Any, name: str, columns: _Columns) -> Iterator[Record]:
         raise InputError(f"{name}: cannot be read as Parquet: {error}") from error
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a string can be encoded: one with a lone surrogate cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from genembed.errors import TrainingError
+from genembed.files import replacing
 
 _ROOM = 1 << 20
 """Fewer free bytes than this count as a full disk: PyTorch's own error does not say why a file ended early."""
@@ -53,10 +54,10 @@ def _aside(final: Path) -> Path:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file in one step."""
-    staged = path.with_name(f".{path.name}")
-    staged.write_text(text, encoding="utf-8")
-    _sync(staged)
-    staged.replace(path)
+    with replacing(path) as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager

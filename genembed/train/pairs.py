@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 from genembed.errors import ConfigurationError, DataError
+from genembed.files import is_unicode
 from genembed.train.sources import HUB, SUFFIXES, RowError, read_rows
 
 _EXAMPLES = 10
@@ -298,7 +299,7 @@ def _texts(row: Mapping[str, Any], column: str) -> list[str]:
             raise RowError("wrong type", f"column {column!r} holds {text!r:.60}")
         if not text.strip():
             raise RowError("empty text", f"column {column!r}")
-        if not _is_unicode(text):
+        if not is_unicode(text):
             raise RowError("lone surrogate", f"column {column!r} holds {text!r:.60}")
     return texts
 
@@ -346,14 +347,6 @@ def _score(row: Mapping[str, Any], layout: _Layout, file: DataFile) -> float | N
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _is_number(value: object) -> bool:
