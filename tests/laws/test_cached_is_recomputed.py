@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 
 import pytest
 import torch
@@ -13,32 +12,15 @@ from genembed import ConfigurationError
 from genembed.backbone import Backbone
 from genembed.refine import refine
 from genembed.tokens import TokenBatch
+from gradients import FLOAT32_NORMS, assert_same_gradients, gradients_of
 
 BATCH = TokenBatch.pad(doubles.prompts([5, 11, 2]))
-
-
-FLOAT32_NORMS = 2e-6
-"""Transformers takes RMSNorm in float32 even in a float64 model; measured: below 6e-7 of a gradient's norm."""
-
-
-def gradients_of(backbone: Backbone, trajectory: torch.Tensor) -> dict[str, torch.Tensor]:
-    weights = torch.linspace(-1, 1, trajectory.numel(), dtype=trajectory.dtype).view_as(trajectory)
-    (trajectory * weights).sum().backward()
-    modules = [backbone.model] if backbone.trained_head is None else [backbone.model, backbone.trained_head]
-    return {name: weight.grad for module in modules for name, weight in module.named_parameters() if weight.grad is not None}
 
 
 def values_and_gradients(backbone: Backbone, *, cached: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     trained = doubles.trainable(backbone)
     trajectory = refine(trained, BATCH, steps=4, cached=cached)
     return trajectory.detach(), gradients_of(trained, trajectory)
-
-
-def assert_same_gradients(gradients: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], *, tolerance: float) -> None:
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
-        # Some gradients are zero but for rounding, as those of key biases: a softmax does not see them.
-        assert float((gradient - expected[name]).norm()) <= tolerance * float(expected[name].norm()) + 1e-10, name
 
 
 def with_checkpointing(backbone: Backbone) -> Backbone:

@@ -18,24 +18,9 @@ from genembed.backbone import Backbone
 from genembed.refine import refine
 from genembed.tokens import TokenBatch
 from genembed.train.trajectories import trajectories
+from gradients import FLOAT32_NORMS, assert_same_gradients, gradients_of
 
 LENGTHS = [5, 11, 2, 3, 30, 11]
-FLOAT32_NORMS = 2e-6
-"""Transformers takes RMSNorm in float32 even in a float64 model; measured: below 6e-7 of a gradient's norm."""
-
-
-def gradients_of(backbone: Backbone, vectors: torch.Tensor) -> dict[str, torch.Tensor]:
-    weights = torch.linspace(-1, 1, vectors.numel(), dtype=vectors.dtype).view_as(vectors)
-    (vectors * weights).sum().backward()
-    modules = [backbone.model] if backbone.trained_head is None else [backbone.model, backbone.trained_head]
-    return {name: weight.grad for module in modules for name, weight in module.named_parameters() if weight.grad is not None}
-
-
-def assert_same(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *, tolerance: float) -> None:
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
-        # Some gradients are zero but for rounding, as those of key biases: a softmax does not see them.
-        assert float((gradient - expected[name]).norm()) <= tolerance * float(expected[name].norm()) + 1e-10, name
 
 
 def checkpointed(backbone: Backbone) -> Backbone:
@@ -59,7 +44,7 @@ def test_trajectories_equal_refine_in_values_and_gradients(family: str, layers_a
     found = trajectories(trained, prompts, steps=4).vectors
     torch.testing.assert_close(found, expected, rtol=0, atol=doubles.FLOAT32_INSIDE if family.startswith("gemma") else 1e-9)
     tolerance = FLOAT32_NORMS if family not in ("gpt2", "bert") else 1e-10
-    assert_same(gradients_of(trained, found), gradients_of(reference, expected), tolerance=tolerance)
+    assert_same_gradients(gradients_of(trained, found), gradients_of(reference, expected), tolerance=tolerance)
 
 
 @examples(max_examples=20, deadline=None)
