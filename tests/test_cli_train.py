@@ -212,6 +212,13 @@ def test_a_files_recipe_takes_the_data(tmp_path: Path) -> None:
     assert chosen_recipe(f"{tmp_path / 'my.py'}", files).files == files
 
 
+def test_a_file_may_build_on_the_file_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "neighbour_of_mine.py").write_text(HEAD + TWO)
+    (tmp_path / "my.py").write_text(f"{HEAD}import neighbour_of_mine\ndef mine() -> Recipe:\n    return neighbour_of_mine.two()\n")
+    assert chosen_recipe(str(tmp_path / "my.py"), []).updates == 2
+
+
 @pytest.mark.parametrize(
     ("content", "function", "files", "message"),
     [

@@ -18,7 +18,9 @@ except ModuleNotFoundError:  # the console script imports this module before any
     sys.stderr.write(f"genembed: {missing_extra('cli', 'typer')}\n")
     raise SystemExit(2) from None
 
+from genembed.cli.calibrating import calibrate
 from genembed.cli.embedding import embed, info
+from genembed.cli.mining import mine
 from genembed.cli.searching import demo, index, search
 from genembed.cli.training import train
 
@@ -30,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in (demo, embed, index, search, info, train):
+for verb in (demo, embed, index, search, info, mine, train, calibrate):
     app.command()(verb)
 
 

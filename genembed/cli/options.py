@@ -64,20 +64,26 @@ class RefineOptions:
     threshold: Annotated[
         float | None, typer.Option(help="Halt a text when the cosine of its consecutive vectors stays at or above this.")
     ] = None
+    halt: Annotated[str | None, typer.Option(help="File with the halting rule that genembed calibrate wrote.")] = None
     truncate: Annotated[Literal["right", "error"], typer.Option(help="Cut texts that are too long from the right, or refuse them.")] = (
         "right"
     )
 
     def __post_init__(self) -> None:
         """Refuse two halting rules at once."""
-        if self.steps is not None and self.threshold is not None:
-            raise ConfigurationError(f"--steps {self.steps} and --threshold {self.threshold} both say when to stop; give one of them.")
+        given = [f"--{name} {getattr(self, name)}" for name in ("steps", "threshold", "halt") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigurationError(f"{' and '.join(given)} both say when to stop; give one of them.")
 
     def rule(self, settings: genembed.ModelSettings) -> genembed.FixedSteps | genembed.ConvergeStop:
         """Return the halting rule that is wanted; the model's own one without an option."""
         own = settings.halt
         if self.steps is not None:
             return genembed.FixedSteps(self.steps)
+        if self.halt is not None:
+            from genembed.calibrate.certificate import read_rule
+
+            return read_rule(self.halt)
         if self.threshold is None:
             return own
         if not own.max_steps:

@@ -87,6 +87,9 @@ def _run(path: Path) -> ModuleType:
     assert spec.loader is not None
     module = module_from_spec(spec)
     sys.modules[module.__name__] = module  # dataclasses of the file look themselves up there
+    folder = str(path.absolute().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # a recipe may build on the file beside it; last, so that nothing installed is hidden
     try:
         spec.loader.exec_module(module)
     except GenembedError:

@@ -57,7 +57,7 @@ class PairCollator:
             share: Those of this process.
         """
         recipe, rng = self.recipe, random.Random(f"{self.recipe.seed} {number}")
-        steps = rng.randint(recipe.min_steps, recipe.max_steps)
+        steps = drawn_steps(recipe, rng)
         instructed = rng.random() < recipe.instruction_share
         limit = rng.choice(recipe.length_limits) if recipe.length_limits else None
         query = self._limited(recipe.query_tokens, limit)
@@ -99,6 +99,14 @@ def _read(pair: Pair, query: PromptTokenizer, passage: PromptTokenizer, *, instr
     tokenizer = query if pair.symmetric else passage
     texts = [pair.positives[0], *pair.negatives]
     return query([pair.query], instruction).ids[0], tokenizer(texts, instruction if takes_instruction(pair, rule=rule) else None).ids
+
+
+def drawn_steps(recipe: Recipe, rng: random.Random) -> int:
+    """Draw K; in proportion to log((K + 1) / K), about 1 / K, where it is drawn log-uniformly."""
+    least, most = recipe.min_steps, recipe.max_steps
+    if recipe.draw_steps == "uniform":
+        return rng.randint(least, most)
+    return int(least * ((most + 1) / least) ** rng.random())
 
 
 def _batch(number: int, steps: int, chosen: list[tuple[Pair, TokenIds, list[TokenIds]]], negatives: int) -> TrainingBatch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,8 +54,14 @@ def _aside(final: Path) -> Path:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file in one step."""
+    replace_parts(path, [text])
+
+
+def replace_parts(path: Path, parts: Iterable[str]) -> None:
+    """Write a text file in one step out of parts that are made while it is written."""
     with replacing(path) as file:
-        file.write(text.encode())
+        for part in parts:
+            file.write(part.encode())
         file.flush()
         os.fsync(file.fileno())
 

@@ -71,6 +71,8 @@ class Recipe:
     """The loss."""
     teacher: str | None = None
     """Model whose in-batch similarities are distilled; None for z_0 of the model itself, where that is frozen."""
+    teacher_settings: ModelSettings | str | None = None
+    """How the teacher makes an embedding: settings, a preset's name, or None for its folder's own."""
 
     # The batch
     queries: int = 16
@@ -98,6 +100,8 @@ class Recipe:
     """Smallest K; every batch draws its own. 0 for one-pass models alone."""
     max_steps: int = 5
     """Largest K; 0 for one-pass models."""
+    draw_steps: Literal["uniform", "log_uniform"] = "uniform"
+    """How K is drawn: every K alike, or in proportion to 1 / K, so that large K are trained and most updates stay cheap."""
 
     # The weights
     lora: Lora | None = field(default_factory=Lora)
@@ -162,6 +166,8 @@ class Recipe:
     def _check_names(self) -> None:
         if self.passage_rule not in ("symmetric", "released"):
             raise ConfigurationError(f"passage_rule={self.passage_rule!r}: choose symmetric or released.")
+        if self.draw_steps not in ("uniform", "log_uniform"):
+            raise ConfigurationError(f"draw_steps={self.draw_steps!r}: choose uniform or log_uniform.")
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigurationError(f"dtype={self.dtype!r}: choose float32 or bfloat16.")
 
@@ -201,6 +207,8 @@ class Recipe:
                 f"min_steps=0, max_steps={self.max_steps}: a batch of K=0 has no refinement to learn from; use min_steps=1, or "
                 "max_steps=0 for a one-pass model."
             )
+        if self.draw_steps != "uniform" and self.min_steps == self.max_steps:
+            raise ConfigurationError(f"draw_steps={self.draw_steps!r} has no effect: K is always {self.max_steps}.")
         if self.evaluation is not None and self.max_steps == 0 < max(self.evaluation.steps):
             raise ConfigurationError(
                 f"evaluation: steps={self.evaluation.steps} with max_steps=0: a one-pass model makes no steps; use steps=(0,)."
@@ -216,6 +224,8 @@ class Recipe:
                 f"teacher={self.teacher!r}: the objective asks no teacher; set objective.distillation or "
                 "objective.false_negative_margin, or use teacher=None."
             )
+        if self.teacher_settings is not None and self.teacher is None:
+            raise ConfigurationError("teacher_settings have no effect without a teacher: name one, or leave them out.")
         if objective.self_distillation > 0 and self.max_steps <= objective.self_distillation_step:
             raise ConfigurationError(
                 f"max_steps={self.max_steps}: no step comes after objective.self_distillation_step={objective.self_distillation_step} "

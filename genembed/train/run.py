@@ -118,9 +118,9 @@ def _report(bad: BadRows, collator: PairCollator, exclude: TextFilter | None) ->
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe as the object that is written beside the model."""
-    own = {name: getattr(recipe, name) for name in ("settings", "served")}
+    own = {name: getattr(recipe, name) for name in ("settings", "served", "teacher_settings")}
     plain = {name: value.to_json() if isinstance(value, ModelSettings) else value for name, value in own.items()}
-    result: dict[str, Any] = json.loads(json.dumps({**asdict(replace(recipe, settings=None, served=None)), **plain}))
+    result: dict[str, Any] = json.loads(json.dumps({**asdict(replace(recipe, settings=None, served=None, teacher_settings=None)), **plain}))
     return result
 
 
@@ -151,7 +151,9 @@ def _trainer(
         count = recipe.updates * recipe.accumulation
         return BatchLoader(stream, collator, first=first, count=count, process=process, processes=processes)
 
-    teacher = FrozenTeacher(recipe.teacher, device=str(model.backbone.device)) if recipe.teacher is not None else None
+    teacher = (
+        FrozenTeacher(recipe.teacher, recipe.teacher_settings, device=str(model.backbone.device)) if recipe.teacher is not None else None
+    )
     trainer = StepwiseTrainer(model, recipe, loader, held_out, output, teacher)
     for callback in (bar, OwnIntervals()):
         trainer.add_callback(callback)

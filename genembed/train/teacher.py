@@ -16,8 +16,8 @@ from genembed.train.trajectories import trajectories
 class FrozenTeacher:
     """Another model that embeds the same texts, bare, with its own tokenizer and number of steps."""
 
-    def __init__(self, name: str, *, device: str) -> None:
-        loaded = load(resolve(name, adapter=None, preset=None, offline=False), device=device, dtype="float32")
+    def __init__(self, name: str, settings: ModelSettings | str | None, *, device: str) -> None:
+        loaded = load(resolve(name, adapter=None, preset=settings, offline=False), device=device, dtype="float32")
         self.backbone, self.tokenizer = loaded.backbone, loaded.tokenizer
 
     @torch.no_grad()
