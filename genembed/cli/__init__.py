@@ -19,6 +19,7 @@ except ModuleNotFoundError:  # the console script imports this module before any
     raise SystemExit(2) from None
 
 from genembed.cli.calibrating import calibrate
+from genembed.cli.costing import cost
 from genembed.cli.embedding import embed, info
 from genembed.cli.mining import mine
 from genembed.cli.searching import demo, index, search
@@ -32,7 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in (demo, embed, index, search, info, mine, train, calibrate):
+for verb in (demo, embed, index, search, info, mine, train, calibrate, cost):
     app.command()(verb)
 
 
