@@ -1,4 +1,4 @@
-"""Write the tables of README from the result files, so that no number is typed.
+"""Write the tables of README, mini's card and docs/calibration.md from the result files, so that no number is typed.
 
     python benchmarks/tables.py [--check]
 
@@ -19,6 +19,7 @@ from typing import Any
 from results_file import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
+CALIBRATION = README.parent / "docs" / "calibration.md"
 CARD = README.parent / "genembed" / "builtin" / "mini" / "README.md"
 
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -119,7 +120,31 @@ def training() -> str:
     return f"{_source(path)}\n\n{_table(['', 's / update', 'faster (ceiling)', 'peak MiB', 'of released'], rows)}"
 
 
-TABLES: Mapping[str, Callable[[], str]] = {"throughput": throughput, "scifact": scifact, "gates": gates, "training": training}
+def calibration() -> str:
+    """How often a rule is certified falsely, in synthetic worlds."""
+    path, result = newest("calibration")
+    rows = [
+        [
+            f"{one['loss']}, {one['epsilon']:g}",
+            f"{one['queries']:,}",
+            f"{one['false_certified']:.1%} ({one['false_certified_upper95']:.1%})",
+            f"{one['false_naive']:.1%}",
+            f"{one['something_certified']:.0%}",
+            f"{one['share_of_sound_candidates']:.0%}",
+        ]
+        for one in result["rows"]
+    ]
+    heads = ["loss, bound", "queries", "false, certified (at most, 95 %)", "false, naive", "certified anything", "of the sound candidates"]
+    return f"{_source(path)}, {result['rows'][0]['worlds']:,} worlds a row, delta = {result['delta']:g}.\n\n{_table(heads, rows)}"
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    "throughput": throughput,
+    "scifact": scifact,
+    "gates": gates,
+    "training": training,
+    "calibration": calibration,
+}
 
 
 def filled(text: str, folder: Path) -> str:
@@ -137,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare")
     arguments = parser.parse_args()
-    for path in (README, CARD):
+    for path in (README, CARD, CALIBRATION):
         text = path.read_text(encoding="utf-8")
         made = filled(text, path.parent)
         if arguments.check and made != text:

@@ -104,7 +104,7 @@ def ndcg_at_10(top: Int[np.ndarray, "queries steps depth"], data: RetrievalSet) 
     try:
         import pytrec_eval
     except ModuleNotFoundError:
-        raise missing_extra("evaluate", "pytrec-eval-terrier") from None
+        raise missing_extra("calibrate", "pytrec-eval-terrier") from None
     assert data.relevant is not None
     names, queries = list(data.documents), list(data.queries)
     evaluator = pytrec_eval.RelevanceEvaluator(data.relevant, {f"ndcg_cut.{DEPTH}"})
