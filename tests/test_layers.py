@@ -60,7 +60,7 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 def test_the_layers_name_every_file_of_the_core() -> None:
-    rings = {"__init__", "docstrings", "files", "testsets", "cost"}
+    rings = {"__init__", "docstrings", "files", "testsets", "cost", "spoken"}
     assert {file.stem for file in PACKAGE.glob("*.py")} - rings == set(RANK)
 
 

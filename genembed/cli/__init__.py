@@ -23,6 +23,7 @@ from genembed.cli.costing import cost
 from genembed.cli.embedding import embed, info
 from genembed.cli.mining import mine
 from genembed.cli.searching import demo, index, search
+from genembed.cli.speaking import tokens
 from genembed.cli.training import train
 
 app = typer.Typer(
@@ -33,7 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in (demo, embed, index, search, info, mine, train, calibrate, cost):
+for verb in (demo, embed, index, search, info, mine, train, calibrate, tokens, cost):
     app.command()(verb)
 
 
