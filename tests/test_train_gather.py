@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from genembed import ConfigurationError
-from genembed.train.gather import gather_across_processes
+from genembed.errors import NonFiniteError
+from genembed.train.gather import from_first_process, gather_across_processes
 from genembed.train.gradcache import cached_loss
 from genembed.train.losses import stepwise_contrastive
 from genembed.train.objective import Objective
@@ -103,13 +104,30 @@ def labels(process: int) -> dict[str, Any]:
     return {**values, "rows": str(rows.value), "steps": str(steps.value)}
 
 
+def shared(process: int) -> dict[str, Any]:
+    """Return what the first process found, who looked for it, and what it raised."""
+    looked: list[int] = []
+
+    def compute() -> dict[str, float]:
+        looked.append(process)
+        return {"quality": process + 0.1}
+
+    def fail() -> None:
+        raise NonFiniteError(f"process {process} diverged", row=3)
+
+    found = from_first_process(compute)
+    with pytest.raises(NonFiniteError) as error:
+        from_first_process(fail)
+    return {"found": found, "looked": looked, "error": (str(error.value), error.value.row)}
+
+
 def work(process: int, folder: Path) -> None:
     """Run in each process, and save what it saw."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=process, world_size=WORLD, timeout=timedelta(seconds=60)
     )
-    torch.save({**losses_and_gradients(process), **labels(process)}, folder / f"{process}.pt")
+    torch.save({**losses_and_gradients(process), **labels(process), **shared(process)}, folder / f"{process}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -179,6 +197,21 @@ def test_unequal_shapes_are_refused_on_every_process(seen: list[dict[str, Any]])
     for process in seen:
         assert process["rows"].startswith("the processes hold shapes (2, 3, 4), (3, 3, 4): give each as many rows and steps")
         assert process["steps"].startswith("the processes hold shapes (2, 3, 4), (2, 4, 4): give each as many rows and steps")
+
+
+def test_all_processes_have_what_the_first_one_found_and_no_other_looks_for_it(seen: list[dict[str, Any]]) -> None:
+    """Numbers of their own would let one process stop and leave the others waiting for its gradients."""
+    assert [process["found"] for process in seen] == [{"quality": 0.1}] * WORLD
+    assert [process["looked"] for process in seen] == [[0], []]
+
+
+def test_an_error_of_the_first_process_is_raised_on_all(seen: list[dict[str, Any]]) -> None:
+    """Otherwise the others would wait until the group's timeout."""
+    assert [process["error"] for process in seen] == [("process 0 diverged", 3)] * WORLD
+
+
+def test_one_process_finds_for_itself() -> None:
+    assert from_first_process(lambda: 7) == 7
 
 
 def test_one_process_gets_its_own_tensor_back() -> None:

@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed
 from transformers import TrainerControl, TrainerState
 
 import doubles
 from genembed import ConfigurationError
 from genembed.errors import NonFiniteError, TrainingError
+from genembed.settings import GIRCSE
 from genembed.tokens import PromptTokenizer, TokenIds
 from genembed.train import heldout
 from genembed.train.callbacks import KeepBest, OwnIntervals, ProgressBar
 from genembed.train.collate import PairCollator
-from genembed.train.durable import publish, recover
+from genembed.train.durable import publish, recover, recover_all
 from genembed.train.heldout import HeldOut
 from genembed.train.model import TrainableEmbedder, build
 from genembed.train.objective import Objective
@@ -101,6 +101,13 @@ def test_held_out_queries_carry_their_instructions() -> None:
     assert "Find it" in doubles.tokenizer().decode(prompt)
 
 
+def test_a_model_without_a_vector_at_k_0_is_refused_where_its_folder_says_so(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Guards against an evaluation of zero vectors: they tie with everything, and every score is 0."""
+    base = doubles.saved("qwen2", tmp_path_factory.getbasetemp() / "models")
+    with pytest.raises(ConfigurationError, match=r"steps=\(0, 1\): the model pools generated states alone"):
+        build(replace(RECIPE, model=str(base), evaluation=Evaluation(every=1, steps=(0, 1))), lambda _tokenizer: [])
+
+
 # What is kept
 
 
@@ -168,24 +175,6 @@ def test_the_best_weights_stay_when_the_disk_is_full(model: TrainableEmbedder, t
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
-@pytest.mark.parametrize(("mine", "theirs"), [((1.0, 1.0, 1.0), False), ((1.0, 2.0, 3.0), True)])
-def test_the_first_process_decides_when_all_stop(
-    model: TrainableEmbedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mine: tuple[float, ...], theirs: bool
-) -> None:
-    """A process that stopped alone would leave the others waiting for its gradients."""
-    best = keeper(model, tmp_path, patience=2)
-    assert evaluated(best, *mine, first=False).should_training_stop is not theirs
-
-    def broadcast(objects: list[Any], src: int) -> None:
-        assert src == 0
-        objects[0] = theirs
-
-    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed, "broadcast_object_list", broadcast)
-    assert evaluated(best, *mine, first=False).should_training_stop is theirs
-    assert list(tmp_path.iterdir()) == []
-
-
 def written(folder: Path, text: str) -> Path:
     folder.mkdir()
     (folder / "file").write_text(text)
@@ -228,6 +217,18 @@ def test_a_folder_that_was_never_published_is_not_recovered(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_every_folder_that_was_moved_aside_is_recovered(tmp_path: Path) -> None:
+    for name in (".old-checkpoint-5", ".old-best", "best", "other"):
+        written(tmp_path / name, name)
+    recover_all(tmp_path)
+    assert {path.name: (path / "file").read_text() for path in tmp_path.iterdir()} == {
+        "checkpoint-5": ".old-checkpoint-5",
+        "best": "best",
+        "other": "other",
+    }
+    recover_all(tmp_path / "nowhere")
+
+
 # What is shown
 
 
@@ -258,7 +259,6 @@ ONE_PASS = {"min_steps": 0, "max_steps": 0}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"save_every": 25, "log_every": 10}, r"save_every=25 with log_every=10: .*resumed run.*make save_every a multiple of log_every"),
         (
             {"log_every": 10, "evaluation": Evaluation(every=15)},
             r"evaluation.every=15 with log_every=10: .*make evaluation.every a multiple of log_every",
@@ -279,6 +279,14 @@ ONE_PASS = {"min_steps": 0, "max_steps": 0}
         ({"weight_decay": math.inf}, r"weight_decay=inf"),
         ({"length_limits": (64, 0)}, r"length_limits=\(64, 0\): .*at least 1, or none: \(\)"),
         ({**ONE_PASS, "evaluation": Evaluation(steps=(0, 1))}, r"steps=\(0, 1\) with max_steps=0: .*use steps=\(0,\)"),
+        *(
+            (
+                {"settings": settings, "evaluation": Evaluation(steps=(0, 1))},
+                r"steps=\(0, 1\): .*no vector at K=0 to be measured; leave 0 out",
+            )
+            for settings in ("gircse", GIRCSE)
+        ),
+        ({"settings": "gircsee"}, r"preset='gircsee' is unknown"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -289,7 +297,8 @@ def test_a_recipe_that_cannot_work_is_refused(changes: dict[str, Any], message: 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"save_every": 30, "log_every": 10, "evaluation": Evaluation(every=20)},
+        {"save_every": 25, "log_every": 10, "evaluation": Evaluation(every=20)},
+        {"settings": "laser", "evaluation": Evaluation(every=1, steps=(0, 1))},
         {"teacher": "mini", "objective": Objective(distillation=0.1)},
         {"teacher": "mini", "objective": Objective(false_negative_margin=0.0)},
         {"objective": Objective(self_distillation=0.1, self_distillation_step=4)},

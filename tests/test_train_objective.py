@@ -17,6 +17,7 @@ from torch import Tensor
 from genembed import ConfigurationError
 from genembed.train.losses import (
     false_negatives,
+    known_answers,
     refinement_regulariser,
     similarity_distillation,
     stepwise_contrastive,
@@ -176,6 +177,43 @@ def test_a_second_copy_of_the_positive_is_a_false_negative_and_the_positive_is_n
     marked = false_negatives(random(0, 2, WIDTH), c, torch.tensor([0, 3]), margin=1e-9)
     assert marked[0, [0, 3]].tolist() == [False, True]
     assert marked[1, [0, 3]].tolist() == [True, False]
+
+
+KEYS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=6, max_size=6)
+
+
+@given(queries=KEYS, candidates=KEYS, number=st.integers(1, 6))
+def test_known_answers_are_copies_of_the_positive_and_positives_of_the_same_query(
+    queries: list[tuple[int, int]], candidates: list[tuple[int, int]], number: int
+) -> None:
+    """Candidate j is the positive of query j, and those beyond the queries are negatives."""
+
+    def same(first: tuple[int, int], second: tuple[int, int]) -> bool:
+        return first[0] == second[0] or first[1] == second[1]
+
+    answered = [*queries[:number], *[(-1, -1)] * (6 - number)]
+    found = known_answers(*map(torch.tensor, (queries[:number], candidates, answered)), torch.arange(number))
+    for i in range(number):
+        for j in range(6):
+            other_positive = j < number and same(queries[i], queries[j])
+            assert found[i, j] == (i != j and (other_positive or same(candidates[i], candidates[j])))
+
+
+def test_a_candidate_that_is_known_to_be_right_counts_neither_in_the_value_nor_in_the_gradient() -> None:
+    q, c, positives, teacher = batch()
+    others = [column for column in range(7) if column not in positives.tolist()]
+    ignore = torch.zeros(4, 7, dtype=torch.bool)
+    ignore[:, others[0]] = True
+    kept = [column for column in range(7) if column != others[0]]
+    where = torch.tensor([kept.index(int(column)) for column in positives])
+    for objective, taught in ((Objective(), None), (Objective(false_negative_margin=0.05), teacher)):
+        c = c.detach().requires_grad_(True)
+        value = objective(q, c, positives=positives, ignore=ignore, teacher=taught).total
+        less = None if taught is None else Teacher(taught.queries, taught.candidates[kept])
+        torch.testing.assert_close(value, objective(q, c[kept], positives=where, teacher=less).total)
+        assert torch.autograd.grad(value, c)[0][others[0]].abs().max() == 0
+    with pytest.raises(ConfigurationError, match="ignore has no effect on scored pairs"):
+        Objective()(q, q, scores=torch.zeros(4, dtype=q.dtype), ignore=ignore[:, :4])
 
 
 def test_bfloat16_embeddings_are_ranked_and_distilled_in_float32() -> None:

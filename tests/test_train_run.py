@@ -7,9 +7,11 @@ import errno
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ import doubles
 import genembed
 from genembed import ConfigurationError, FixedSteps, Pooling
 from genembed.errors import NonFiniteError, TrainingError
+from genembed.train import run as running
+from genembed.train.batches import BatchStream
 from genembed.train.model import build
 from genembed.train.objective import Objective
 from genembed.train.overlap import TextFilter
@@ -73,6 +77,12 @@ def losses(folder: Path) -> list[float]:
     return [float(row["loss"]) for row in history(folder) if row.get("loss")]
 
 
+def parts(folder: Path) -> list[tuple[float, ...]]:
+    """Return the parts of the loss of every log line."""
+    names = ("step_losses_first", "step_losses_last", "regulariser")
+    return [tuple(float(row[name]) for name in names) for row in history(folder) if row.get("loss")]
+
+
 def test_a_run_learns_and_leaves_a_folder_that_load_reads(recipe: Recipe, tmp_path: Path) -> None:
     model = train(replace(recipe, updates=120, save_every=120), tmp_path / "run")
     found = losses(tmp_path / "run")
@@ -90,7 +100,12 @@ def test_a_run_learns_and_leaves_a_folder_that_load_reads(recipe: Recipe, tmp_pa
     }
 
 
-def test_a_run_that_was_killed_goes_on_with_the_same_losses(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("log_every", [1, 2])
+def test_a_run_that_was_killed_goes_on_with_the_same_losses(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
+) -> None:
+    """Also where its checkpoint, that of update 3, lies between two log lines."""
+    recipe = replace(recipe, log_every=log_every)
     train(recipe, tmp_path / "whole")
     compute, calls = StepwiseTrainer.compute_loss, []
 
@@ -106,6 +121,8 @@ def test_a_run_that_was_killed_goes_on_with_the_same_losses(recipe: Recipe, tmp_
             train(recipe, tmp_path / "broken")
     train(recipe, tmp_path / "broken", resume=True)
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    assert parts(tmp_path / "broken") == parts(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 6 // log_every
     first, second = (genembed.load(tmp_path / name).encode(["glucose patient"]) for name in ("whole", "broken"))
     np.testing.assert_array_equal(first, second)
 
@@ -135,6 +152,23 @@ def test_what_a_killed_run_left_half_written_is_ignored(recipe: Recipe, tmp_path
     train(recipe, tmp_path / "run", resume=True)
     assert not half.exists()
     assert len(losses(tmp_path / "run")) == 6
+
+
+def test_a_checkpoint_that_a_killed_run_had_moved_aside_is_gone_on_from(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a run that starts over: its newest checkpoint had another name at the moment of the kill."""
+    train(replace(recipe, keep=1), tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-6").rename(tmp_path / "run" / ".old-checkpoint-6")
+    compute, numbers = StepwiseTrainer.compute_loss, []
+
+    def watched(self: StepwiseTrainer, model: Any, inputs: Any, *arguments: Any, **options: Any) -> torch.Tensor:
+        numbers.append(inputs["batch"].number)
+        return compute(self, model, inputs, *arguments, **options)
+
+    monkeypatch.setattr(StepwiseTrainer, "compute_loss", watched)
+    train(replace(recipe, keep=1, updates=8), tmp_path / "run", resume=True)
+    assert numbers == [6, 7]
 
 
 def test_a_folder_with_a_run_is_not_overwritten(recipe: Recipe, tmp_path: Path) -> None:
@@ -186,6 +220,31 @@ def test_a_pair_whose_instruction_leaves_no_room_is_left_out(recipe: Recipe, pai
     assert len(losses(tmp_path / "run")) == 30
 
 
+def test_pairs_that_a_batch_had_no_room_for_are_counted_and_reported(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes, compute = [], StepwiseTrainer.compute_loss
+
+    def watched(self: StepwiseTrainer, model: Any, inputs: Any, *arguments: Any, **options: Any) -> torch.Tensor:
+        sizes.append(len(inputs["batch"].queries))
+        return compute(self, model, inputs, *arguments, **options)
+
+    monkeypatch.setattr(StepwiseTrainer, "compute_loss", watched)
+    train(replace(recipe, batch_tokens=60), tmp_path / "run")
+    assert 0 < sum(sizes) < 24
+    assert f"batch_tokens=60 left no room in their batch: {{'pairs': {24 - sum(sizes)}}}" in caplog.text
+
+
+def test_pairs_that_share_texts_with_too_many_others_are_reported(
+    recipe: Recipe, pairs: DataFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [json.loads(line) for line in Path(pairs.path).read_text().splitlines()]
+    Path(pairs.path).write_text("".join(json.dumps({**row, "pos": ["the same"]} if n % 2 else row) + "\n" for n, row in enumerate(rows)))
+    monkeypatch.setattr(running, "BatchStream", partial(BatchStream, shuffle_buffer=2))
+    train(replace(recipe, updates=10), tmp_path / "run")
+    assert re.search(r"share texts with too many others: \{'pairs': [1-9]\d*\}", caplog.text)
+
+
 def test_a_run_goes_on_with_the_texts_it_excluded_alone(recipe: Recipe, tmp_path: Path) -> None:
     train(recipe, tmp_path / "run", exclude=TextFilter.from_texts(["something else"]))
     with pytest.raises(ConfigurationError, match=r"started with another excluded"):
@@ -228,6 +287,16 @@ def test_checkpointed_layers_give_the_same_losses(recipe: Recipe, tmp_path: Path
     np.testing.assert_allclose(losses(tmp_path / "layers"), losses(tmp_path / "plain"), rtol=1e-5)
 
 
+def test_a_logged_loss_is_the_mean_of_all_batches_since_the_line_before(recipe: Recipe, tmp_path: Path) -> None:
+    train(replace(recipe, learning_rate=0.0), tmp_path / "every")
+    train(replace(recipe, learning_rate=0.0, updates=5, log_every=2, save_every=5), tmp_path / "two")
+    expected = np.array(losses(tmp_path / "every")).reshape(3, 2).mean(1)
+    np.testing.assert_allclose(losses(tmp_path / "two"), expected[:2], rtol=1e-6)
+    train(replace(recipe, learning_rate=0.0, log_every=2), tmp_path / "two", resume=True)
+    np.testing.assert_allclose(losses(tmp_path / "two"), expected, rtol=1e-6)
+    np.testing.assert_allclose(parts(tmp_path / "two"), np.array(parts(tmp_path / "every")).reshape(3, 2, 3).mean(1), rtol=1e-5, atol=1e-7)
+
+
 def test_accumulated_batches_make_one_update(recipe: Recipe, tmp_path: Path) -> None:
     train(replace(recipe, accumulation=2, updates=3), tmp_path / "run")
     train(replace(recipe, learning_rate=0.0), tmp_path / "single")
@@ -235,6 +304,8 @@ def test_accumulated_batches_make_one_update(recipe: Recipe, tmp_path: Path) -> 
     train(replace(recipe, learning_rate=0.0, accumulation=2, updates=3), tmp_path / "double")
     np.testing.assert_allclose(losses(tmp_path / "double"), [np.mean(single[i : i + 2]) for i in (0, 2, 4)], rtol=1e-4)
     assert len(losses(tmp_path / "run")) == 3
+    of_single = np.array(parts(tmp_path / "single"))
+    np.testing.assert_allclose(parts(tmp_path / "double"), of_single.reshape(3, 2, 3).mean(1), rtol=1e-5, atol=1e-7)
 
 
 def test_quality_on_held_out_pairs_is_measured_at_every_k_and_the_best_is_kept(recipe: Recipe, tmp_path: Path) -> None:
@@ -353,16 +424,26 @@ def test_an_adapter_is_not_trained_once_more(recipe: Recipe, tmp_path: Path) -> 
 _SCRIPT = """
 import json, sys
 from pathlib import Path
+from genembed.train.heldout import HeldOut
 from genembed.train.objective import Objective
 from genembed.train.pairs import DataFile
-from genembed.train.recipe import Lora, Recipe
+from genembed.train.recipe import Evaluation, Lora, Recipe
 from genembed.train.run import train
 
 model, pairs, output, queries = sys.argv[1:]
+measure = HeldOut.measure
+
+def counted(*arguments):
+    with Path(output, "measured").open("a") as file:
+        file.write("x")
+    return measure(*arguments)
+
+HeldOut.measure = counted
 train(
     Recipe(
         model=model, files=(DataFile(path=pairs),), objective=Objective(temperature=0.1, regulariser=0.0), queries=int(queries),
         min_steps=2, max_steps=3, lora=Lora(rank=4, alpha=8), learning_rate=3e-3, updates=4, save_every=4, log_every=1,
+        evaluation=Evaluation(every=2, share=0.2, steps=(1, 3)),
     ),
     Path(output),
 )
@@ -370,8 +451,14 @@ train(
 
 
 def test_two_processes_learn_as_one_with_the_joined_batch(recipe: Recipe, pairs: DataFile, tmp_path: Path) -> None:
+    """Losses, the parts that are logged of them, and the quality that the first process measures for both."""
     script = tmp_path / "run.py"
     script.write_text(_SCRIPT)
+    # Right answers that stand among the negatives must be known on both sides of the gathering.
+    rows = [json.loads(line) for line in Path(pairs.path).read_text().splitlines()]
+    Path(pairs.path).write_text(
+        "".join(json.dumps({**row, "neg": [f"{row['pos'][0]}!"]} if n % 2 else row) + "\n" for n, row in enumerate(rows))
+    )
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RDZV_ENDPOINT": "localhost:0"}
     for command, name, queries in (([*launch, "--rdzv_endpoint=localhost:0"], "two", "2"), ([sys.executable], "one", "4")):
@@ -379,6 +466,11 @@ def test_two_processes_learn_as_one_with_the_joined_batch(recipe: Recipe, pairs:
         done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr[-12000:]
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+    np.testing.assert_allclose(parts(tmp_path / "two"), parts(tmp_path / "one"), rtol=1e-4)
+    for run in ("two", "one"):
+        assert (tmp_path / run / "measured").read_text() == "xx"
+    quality = ([float(row["eval_mean_k3"]) for row in history(tmp_path / run) if row.get("eval_mean_k3")] for run in ("two", "one"))
+    np.testing.assert_allclose(*quality, rtol=1e-3)
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("two", "one"))
     for name, weight in first.items():
         torch.testing.assert_close(weight, second[name], rtol=0, atol=1e-4)  # Adam divides by small numbers

@@ -148,8 +148,8 @@ class BatchStream:
     """Texts that are never trained on."""
     bad: BadRows = field(default_factory=BadRows, repr=False)
     """Counts the rows and texts that are left out because they cannot be used."""
-    crowded_out: Counter[str] = field(default_factory=Counter, init=False, repr=False)
-    """Pairs of each source that were left out of a pass, because they collided with too many others."""
+    crowded_out: Counter[str] = field(default_factory=Counter, repr=False)
+    """Counts the pairs of each source that are left out of a pass, because they collide with too many others."""
 
     def __post_init__(self) -> None:
         """Check the values and look at the files."""

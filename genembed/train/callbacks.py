@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import distributed
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -122,7 +121,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
 class KeepBest(TrainerCallback):
     """Keeps the weights that were best on held-out pairs, and stops a run that no longer gets better.
 
-    The first of several processes decides for all.
+    All processes must be told the same numbers, or some would stop and leave the others waiting.
 
     Args:
         model: What is trained.
@@ -148,7 +147,7 @@ class KeepBest(TrainerCallback):
         if place == state.global_step and state.is_world_process_zero:
             self._save(best, place)
         since = sum(step > place for _, step in past)
-        if self.patience and _decided(since >= self.patience):
+        if self.patience and since >= self.patience:
             control.should_training_stop = True
 
     def _save(self, value: float, step: int) -> None:
@@ -158,12 +157,3 @@ class KeepBest(TrainerCallback):
             self.model.save(staged, self.settings)
             (staged / "score.json").write_text(json.dumps({"step": step, self.name: value}) + "\n", encoding="utf-8")
             publish(staged, final)
-
-
-def _decided(stop: bool) -> bool:
-    """Return what the first process says: sums of floats differ between processes, and one that stopped alone would hang the rest."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return stop
-    decision = [stop]
-    distributed.broadcast_object_list(decision, src=0)
-    return decision[0]

@@ -10,9 +10,14 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 from genembed.errors import DataError, InputError
 from genembed.settings import ModelSettings
 from genembed.tokens import PromptTokenizer, TokenIds
+from genembed.train.overlap import normalised, text_hash
 from genembed.train.pairs import Pair
 from genembed.train.recipe import Recipe
 
@@ -37,6 +42,16 @@ class TrainingBatch:
         """All texts, queries first."""
         return [*self.queries, *self.candidates]
 
+    @property
+    def keys(self) -> Int[Tensor, "texts 2"]:
+        """Two hashes of each text, in the order of `prompts`: of its letters and digits, and of the tokens that are read of it.
+
+        Texts that share either are the same: copies may be set in another way, and long texts may differ beyond their limit alone.
+        """
+        texts = zip(self.texts, self.prompts, strict=True)
+        hashes = [(text_hash(normalised(text)), text_hash(str(ids.tolist()))) for text, ids in texts]
+        return torch.tensor([[key >> 1 for key in own] for own in hashes])  # PyTorch has no unsigned integers of eight bytes
+
 
 class PairCollator:
     """Turns pairs into prompts: which texts carry an instruction, how much of them is read, and how many fit into a batch."""
@@ -45,6 +60,9 @@ class PairCollator:
         self.recipe, self.tokenizer, self.settings = recipe, tokenizer, settings
         self.skipped: Counter[str] = Counter()
         """Pairs that could not be read at the limits of their batch, by source."""
+        self.cut: Counter[str] = Counter()
+        """Pairs for which `batch_tokens` left no room in their batch, by source; they come again with the next pass over their file."""
+        self._by_length: dict[int, PromptTokenizer] = {}
 
     def __call__(self, number: int, pairs: Sequence[Pair], share: slice = slice(None)) -> TrainingBatch:
         """Prepare one batch.
@@ -65,6 +83,7 @@ class PairCollator:
         pairs, read = self._readable(pairs, query, passage, instructed=instructed)
         processes = share.step or 1
         count = max(processes, _fitting(read, recipe.batch_tokens) // processes * processes)
+        self.cut.update(pair.source for pair in pairs[count:])
         chosen = [(pair, *ids) for pair, ids in zip(pairs, read, strict=True)][:count]
         # Every process must bring as many candidates as the others, or they could not be joined.
         negatives = min(sum(len(texts) - 1 for _, _, texts in chosen[process::processes]) for process in range(processes))
@@ -87,7 +106,10 @@ class PairCollator:
         return kept, read
 
     def _limited(self, most: int, limit: int | None) -> PromptTokenizer:
-        return PromptTokenizer(self.tokenizer.tokenizer, replace(self.settings, max_length=min(most, limit or most)))
+        length = min(most, limit or most)
+        if length not in self._by_length:
+            self._by_length[length] = PromptTokenizer(self.tokenizer.tokenizer, replace(self.settings, max_length=length))
+        return self._by_length[length]
 
 
 Read = tuple[TokenIds, list[TokenIds]]

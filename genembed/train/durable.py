@@ -18,6 +18,10 @@ _ROOM = 1 << 20
 """Fewer free bytes than this count as a full disk: PyTorch's own error does not say why a file ended early."""
 
 
+_ASIDE = ".old-"
+"""Begins the name of a folder that another one is about to replace."""
+
+
 def publish(staged: Path, final: Path) -> None:
     """Make a written folder durable and give it its name; a folder of that name gives way.
 
@@ -48,8 +52,14 @@ def recover(final: Path) -> None:
         aside.rename(final)
 
 
+def recover_all(folder: Path) -> None:
+    """Bring back every folder in this one that a killed `publish` had moved aside."""
+    for aside in folder.glob(f"{_ASIDE}*"):
+        recover(folder / aside.name.removeprefix(_ASIDE))
+
+
 def _aside(final: Path) -> Path:
-    return final.with_name(f".old-{final.name}")
+    return final.with_name(f"{_ASIDE}{final.name}")
 
 
 def replace_text(path: Path, text: str) -> None:

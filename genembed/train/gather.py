@@ -1,15 +1,18 @@
-"""The rows of all processes, so that each process contrasts with every candidate of the joined batch."""
+"""What processes tell one another: the rows of all, so that each contrasts with every candidate of the joined batch; and what one finds."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 from jaxtyping import Shaped
 from torch import Tensor
 
-from genembed.errors import ConfigurationError
+from genembed.errors import ConfigurationError, GenembedError
+
+Value = TypeVar("Value")
 
 
 def gather_across_processes(x: Shaped[Tensor, "rows *rest"]) -> Shaped[Tensor, "gathered *rest"]:
@@ -31,7 +34,7 @@ def gather_across_processes(x: Shaped[Tensor, "rows *rest"]) -> Shaped[Tensor, "
     Raises:
         ConfigurationError: If the shapes on the processes differ.
     """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+    if _is_alone():
         return x
     shapes = _all_gather(torch.tensor(x.shape, device=x.device)).tolist()
     if any(shape != shapes[0] for shape in shapes):
@@ -40,6 +43,31 @@ def gather_across_processes(x: Shaped[Tensor, "rows *rest"]) -> Shaped[Tensor, "
             "for example by dropping the last batch and drawing the steps from one seed."
         )
     return _Gather.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def from_first_process(compute: Callable[[], Value]) -> Value:
+    """Return on every process what the first one computes, while the others wait; one of our errors is raised on all of them.
+
+    What all processes decide by must be one value: sums of floats differ between them, and one that stopped alone would hang the rest.
+    Every process must call this equally often.
+    """
+    if _is_alone():
+        return compute()
+    found: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            found = [compute()]
+        except GenembedError as error:  # raised at once, it would leave the others waiting until the group's timeout
+            found = [error]
+    torch.distributed.broadcast_object_list(found, src=0)
+    if isinstance(found[0], GenembedError):
+        raise found[0]
+    value: Value = found[0]
+    return value
+
+
+def _is_alone() -> bool:
+    return not torch.distributed.is_available() or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
 
 
 def _all_gather(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "world *shape"]:

@@ -35,16 +35,19 @@ def fit_head(model: TrainableEmbedder, prompts: Sequence[TokenIds], *, ridge: fl
     if head is None:
         raise ConfigurationError("this model has no soft-token head to start.")
     rarity = _rarity(prompts, len(model.backbone.table)).to(model.backbone.device)
-    states, topics = [], []
+    width = model.backbone.hidden_size
+    # The products alone are kept: all states of some thousand texts in float64 would take gigabytes.
+    xx, xy = (torch.zeros(width + 1, columns, dtype=torch.float64, device=rarity.device) for columns in (width + 1, width))
     ordered = sorted(prompts, key=len)
     for start in range(0, len(ordered), _ROWS):
-        x, y = _states_and_topics(model, ordered[start : start + _ROWS], rarity)
-        states.append(x)
-        topics.append(y)
-    x, y = torch.cat(states).double(), torch.cat(topics).double()
-    x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype, device=x.device)], dim=1)
-    penalty = ridge * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    solution = torch.linalg.solve(x.T @ x + penalty, x.T @ (y - y.mean(0)))
+        states, topics = _states_and_topics(model, ordered[start : start + _ROWS], rarity)
+        x = torch.nn.functional.pad(states.double(), (0, 1), value=1.0)
+        xx += x.T @ x
+        xy += x.T @ topics.double()
+    # The last row and column belong to the ones: X^T (Y - mean) = X^T Y - (X^T 1) (1^T Y) / n.
+    centred = xy - torch.outer(xx[:, -1], xy[-1]) / xx[-1, -1]
+    penalty = ridge * torch.eye(width + 1, dtype=torch.float64, device=rarity.device)
+    solution = torch.linalg.solve(xx + penalty, centred)
     head.dense.weight.copy_(solution[:-1].T)
     head.dense.bias.copy_(solution[-1])
 

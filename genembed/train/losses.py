@@ -31,7 +31,7 @@ def stepwise_contrastive(
         candidates: Embeddings of all positives and negatives of the batch.
         temperature: tau, dimensionless, > 0.
         positives: For each query, the position of its positive among the candidates.
-        ignore: True where a candidate is likely an unlabelled positive of a query and must not count against it.
+        ignore: True where a candidate is right for a query, or likely so, and must not count against it.
 
     Raises:
         ConfigurationError: If the temperature is not positive.
@@ -151,6 +151,28 @@ def false_negatives(
     cosines = _cosines(base_queries.detach()[:, None], base_candidates.detach()[:, None])[0]
     own = positives[:, None]
     return (cosines >= cosines.gather(1, own) - margin).scatter(1, own, False)
+
+
+def known_answers(
+    queries: Int[Tensor, "queries keys"],
+    candidates: Int[Tensor, "candidates keys"],
+    answered: Int[Tensor, "candidates keys"],
+    positives: Int[Tensor, "queries"],
+) -> Bool[Tensor, "queries candidates"]:
+    """Mark the candidates that are right for a query beside its positive: copies of that, and positives of the same query elsewhere.
+
+    Args:
+        queries: Keys of the queries; two texts are the same if they share one key, each compared with its like.
+        candidates: Keys of all candidates.
+        answered: For each candidate, keys of the query that it is the positive of; for a negative, keys that no query has.
+        positives: For each query, the position of its positive among the candidates; never marked.
+    """
+    right = _same(queries, answered) | _same(candidates[positives], candidates)
+    return right.scatter(1, positives[:, None], False)
+
+
+def _same(first: Int[Tensor, "rows keys"], second: Int[Tensor, "columns keys"]) -> Bool[Tensor, "rows columns"]:
+    return (first[:, None] == second[None]).any(-1)
 
 
 def _check_temperature(temperature: float) -> None:

@@ -28,7 +28,7 @@ from genembed.tokens import PromptTokenizer, TokenIds
 from genembed.train.recipe import Recipe
 from genembed.train.trajectories import Trajectories, trajectories
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class TrainableEmbedder(nn.Module):
@@ -101,7 +101,7 @@ class TrainableEmbedder(nn.Module):
             CheckpointError: If they are not those of this model.
         """
         if self.adapter is None:
-            _copy_into(self.backbone.model, load_file(folder / WEIGHTS), folder, tied=True)
+            _copy_into(self.backbone.model, _full_weights(folder), folder, tied=True)
         else:
             from peft import set_peft_model_state_dict
 
@@ -127,6 +127,7 @@ def build(recipe: Recipe, sample: Callable[[PromptTokenizer], list[TokenIds]]) -
     if source.adapter is not None:
         raise ConfigurationError(f"model={recipe.model!r} is an adapter already; train from its base model, or merge it first.")
     settings = source.settings
+    recipe.check_settings(settings)
     # The soft-token head of an encoder may not exist yet, so the base is read as a one-pass model first.
     plain = replace(settings, pooling=Pooling(kind="mean"), halt=FixedSteps(0), adapter_positions="all")
     loaded = load(replace(source, settings=plain if recipe.fit_head else settings), device=_device(), dtype="float32")
@@ -199,6 +200,15 @@ def _check_positions(recipe: Recipe, backbone: Backbone) -> None:
             f"query_tokens={recipe.query_tokens}, passage_tokens={recipe.passage_tokens} and {steps} steps need {longest} positions, but "
             f"this model has {backbone.max_positions}; use smaller limits."
         )
+
+
+def _full_weights(folder: Path) -> dict[str, Tensor]:
+    """Read all weights of a folder, from one file or from the several that an index names: Transformers splits large models."""
+    index = folder / WEIGHTS_INDEX
+    if not index.is_file():
+        return load_file(folder / WEIGHTS)
+    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return {name: weight for shard in shards for name, weight in load_file(folder / shard).items()}
 
 
 def _copy_into(module: nn.Module, state: dict[str, Tensor], folder: Path, *, tied: bool) -> None:

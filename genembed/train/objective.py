@@ -9,7 +9,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from genembed.errors import ConfigurationError
@@ -112,6 +112,7 @@ class Objective:
         candidates: Float[Tensor, "candidates steps hidden"],
         *,
         positives: Int[Tensor, "queries"] | None = None,
+        ignore: Bool[Tensor, "queries candidates"] | None = None,
         scores: Float[Tensor, "queries"] | None = None,
         teacher: Teacher | None = None,
     ) -> ObjectiveValue:
@@ -121,6 +122,7 @@ class Objective:
             queries: Trajectories z_1 .. z_K of the queries; of a one-pass model its embedding as the only step.
             candidates: Trajectories of all texts they are compared with, positives and negatives.
             positives: For each query, the position of its positive among the candidates: contrastive loss.
+            ignore: With positives, True where a candidate is known to be right for a query too and must not count against it.
             scores: The similarity of queries[i] and candidates[i], instead of positives: ranking loss.
             teacher: A frozen model's embeddings of the same batch, where `needs_teacher`.
 
@@ -128,7 +130,7 @@ class Objective:
             ConfigurationError: If the arguments do not fit one another or these settings.
         """
         self._check_batch(queries, candidates, scores, teacher)
-        step_loss = self._step_loss(positives, scores, teacher)
+        step_loss = self._step_loss(positives, ignore, scores, teacher)
         widths = self.dimensions or (queries.shape[-1],)
         terms = [self._terms(queries[..., :width], candidates[..., :width], step_loss, teacher) for width in widths]
         parts = {name: torch.stack([term[name] for term in terms]).mean(dim=0) for name in terms[0]}
@@ -186,19 +188,21 @@ class Objective:
                 f"the batch {len(queries)} and {len(candidates)}: give it the same texts."
             )
 
-    def _step_loss(self, positives: Tensor | None, scores: Tensor | None, teacher: Teacher | None) -> StepLoss:
+    def _step_loss(self, positives: Tensor | None, ignore: Tensor | None, scores: Tensor | None, teacher: Teacher | None) -> StepLoss:
         """Bind what is known about the texts of this batch."""
         if positives is not None and scores is None:
-            return self._contrastive(positives, teacher)
+            return self._contrastive(positives, ignore, teacher)
         if scores is not None and positives is None:
+            if ignore is not None:
+                raise ConfigurationError("ignore has no effect on scored pairs, which are compared with each other alone; leave it out.")
             return self._ranking(scores)
         raise ConfigurationError("give either positives, for the contrastive loss, or scores, for the ranking loss.")
 
-    def _contrastive(self, positives: Tensor, teacher: Teacher | None) -> StepLoss:
-        ignore = None
+    def _contrastive(self, positives: Tensor, ignore: Tensor | None, teacher: Teacher | None) -> StepLoss:
         if self.false_negative_margin is not None:
             base = _required(teacher)
-            ignore = false_negatives(base.queries, base.candidates, positives, margin=self.false_negative_margin)
+            likely = false_negatives(base.queries, base.candidates, positives, margin=self.false_negative_margin)
+            ignore = likely if ignore is None else ignore | likely
         return partial(stepwise_contrastive, temperature=self.temperature, positives=positives, ignore=ignore)
 
     def _ranking(self, scores: Tensor) -> StepLoss:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from genembed.errors import ConfigurationError
-from genembed.settings import ModelSettings
+from genembed.settings import ModelSettings, preset_settings
 from genembed.train.objective import Objective
 from genembed.train.pairs import DataFile
 
@@ -142,7 +142,7 @@ class Recipe:
     evaluation: Evaluation | None = None
     """None to hold nothing out; `every` must be a multiple of `log_every`."""
     save_every: int = 200
-    """Updates between two checkpoints, a multiple of `log_every`: what a resumed run logs is then what an unbroken one does."""
+    """Updates between two checkpoints."""
     keep: int = 2
     """Checkpoints kept for resuming; older ones are removed."""
     log_every: int = 10
@@ -162,6 +162,20 @@ class Recipe:
         self._check_steps()
         self._check_effects()
         self._check_intervals()
+        if self.settings is not None:
+            self.check_settings(preset_settings(self.settings))
+
+    def check_settings(self, settings: ModelSettings) -> None:
+        """Refuse what a model with these settings cannot do.
+
+        Raises:
+            ConfigurationError: If quality is to be measured where the model has no embedding.
+        """
+        if self.evaluation is not None and 0 in self.evaluation.steps and settings.pooling.needs_steps:
+            raise ConfigurationError(
+                f"evaluation: steps={self.evaluation.steps}: the model pools generated states alone, so it has no vector at K=0 to be "
+                "measured; leave 0 out."
+            )
 
     def _check_names(self) -> None:
         if self.passage_rule not in ("symmetric", "released"):
@@ -233,13 +247,8 @@ class Recipe:
             )
 
     def _check_intervals(self) -> None:
-        intervals = {
-            "save_every": (self.save_every, "a logged loss is the mean since the line before, and a resumed run would log another")
-        }
-        if self.evaluation is not None:
-            intervals["evaluation.every"] = (self.evaluation.every, "quality would stand in lines of the history without a loss")
-        for name, (every, reason) in intervals.items():
-            if every % self.log_every:
-                raise ConfigurationError(
-                    f"{name}={every} with log_every={self.log_every}: {reason}; make {name} a multiple of log_every, or log_every smaller."
-                )
+        if self.evaluation is not None and self.evaluation.every % self.log_every:
+            raise ConfigurationError(
+                f"evaluation.every={self.evaluation.every} with log_every={self.log_every}: quality would stand in lines of the history "
+                "without a loss; make evaluation.every a multiple of log_every, or log_every smaller."
+            )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from dataclasses import asdict, replace
+from collections import Counter
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from genembed.tokens import PromptTokenizer, TokenIds
 from genembed.train.batches import BatchStream, held_out_pairs
 from genembed.train.callbacks import BEST, History, KeepBest, OwnIntervals, ProgressBar
 from genembed.train.collate import BatchLoader, PairCollator
-from genembed.train.durable import replace_text, writing
+from genembed.train.durable import recover_all, replace_text, writing
 from genembed.train.head import fit_head
 from genembed.train.heldout import HeldOut
 from genembed.train.model import TrainableEmbedder, build
@@ -64,16 +66,16 @@ def train(
     model = build(recipe, lambda tokenizer: _texts(recipe, tokenizer, exclude))
     if recipe.objective.needs_teacher and recipe.teacher is None:
         check_own_start(model.settings)
-    collator, bad = PairCollator(recipe, model.tokenizer, model.settings), BadRows()
+    data = _Data(recipe, PairCollator(recipe, model.tokenizer, model.settings), exclude, strict=strict)
     if recipe.fit_head and checkpoint is None:
         fit_head(model, _texts(recipe, model.tokenizer, exclude))
     bar = ProgressBar()
-    trainer = _trainer(recipe, model, collator, output, checkpoint, bad, bar, strict=strict, exclude=exclude)
+    trainer = _trainer(model, data, output, checkpoint, bar)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     finally:
         bar.close()
-        _report(bad, collator, exclude)
+        data.report()
     if recipe.evaluation is not None and recipe.evaluation.patience:
         model.restore(output / BEST)
     if trainer.args.should_save:
@@ -88,6 +90,7 @@ def _prepare(recipe: Recipe, output: Path, exclude: TextFilter | None, *, resume
     value = {**recipe_json(recipe), "processes": state.num_processes, "excluded": 0 if exclude is None else exclude.fingerprint}
     if state.is_main_process:
         shutil.rmtree(output / STAGING, ignore_errors=True)  # what a killed run left half written
+        recover_all(output)
     state.wait_for_everyone()
     checkpoint = complete_checkpoint(output) if output.is_dir() else None
     if checkpoint is not None and not resume:
@@ -106,14 +109,39 @@ def _prepare(recipe: Recipe, output: Path, exclude: TextFilter | None, *, resume
     return checkpoint
 
 
-def _report(bad: BadRows, collator: PairCollator, exclude: TextFilter | None) -> None:
-    """Say what of the data was not used."""
-    if bad.total or bad.texts:
-        log.warning("%s", bad.report())
-    if collator.skipped:
-        log.warning("pairs whose instruction left no room for a text: %s", dict(collator.skipped))
-    if exclude is not None and exclude.dropped.total():
-        log.warning("kept out of training as texts of a test set: %s", dict(exclude.dropped))
+@dataclass(frozen=True, eq=False)
+class _Data:
+    """The pairs of a run on their way into batches, and what is left out on it."""
+
+    recipe: Recipe
+    collator: PairCollator
+    exclude: TextFilter | None
+    _: KW_ONLY
+    strict: bool
+    bad: BadRows = field(default_factory=BadRows)
+    crowded_out: Counter[str] = field(default_factory=Counter)
+
+    def loader(self, done: int, process: int, processes: int) -> BatchLoader:
+        """Return the batches of one process after the updates that are done."""
+        recipe = self.recipe
+        size = recipe.queries * processes
+        stream = _stream(recipe, self.exclude, size, strict=self.strict, bad=self.bad, crowded_out=self.crowded_out)
+        first, count = done * recipe.accumulation, recipe.updates * recipe.accumulation
+        return BatchLoader(stream, self.collator, first=first, count=count, process=process, processes=processes)
+
+    def report(self) -> None:
+        """Say what was not used."""
+        if self.bad.total or self.bad.texts:
+            log.warning("%s", self.bad.report())
+        dropped = Counter() if self.exclude is None else self.exclude.dropped
+        for reason, counts in (
+            ("pairs whose instruction left no room for a text", self.collator.skipped),
+            (f"pairs for which batch_tokens={self.recipe.batch_tokens} left no room in their batch", self.collator.cut),
+            ("pairs left out of a pass over their file, as they share texts with too many others", self.crowded_out),
+            ("kept out of training as texts of a test set", dropped),
+        ):
+            if counts.total():
+                log.warning("%s: %s", reason, dict(counts))
 
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
@@ -124,37 +152,20 @@ def recipe_json(recipe: Recipe) -> dict[str, Any]:
     return result
 
 
-def _trainer(
-    recipe: Recipe,
-    model: TrainableEmbedder,
-    collator: PairCollator,
-    output: Path,
-    checkpoint: Path | None,
-    bad: BadRows,
-    bar: ProgressBar,
-    *,
-    strict: bool,
-    exclude: TextFilter | None,
-) -> StepwiseTrainer:
-    held_out = None
+def _trainer(model: TrainableEmbedder, data: _Data, output: Path, checkpoint: Path | None, bar: ProgressBar) -> StepwiseTrainer:
+    recipe, held_out = data.recipe, None
     if recipe.evaluation is not None:
         every = replace(recipe, batch_tokens=0, length_limits=(), instruction_share=1.0)
         held_out = HeldOut(
-            held_out_pairs(recipe.files, share=recipe.evaluation.share, limit=recipe.evaluation.limit, exclude=exclude),
+            held_out_pairs(recipe.files, share=recipe.evaluation.share, limit=recipe.evaluation.limit, exclude=data.exclude),
             PairCollator(every, model.tokenizer, model.settings),
             recipe.evaluation,
         )
-
-    def loader(process: int, processes: int) -> BatchLoader:
-        stream = _stream(recipe, exclude, batch_size=recipe.queries * processes, strict=strict, bad=bad)
-        first = 0 if checkpoint is None else int(checkpoint.name.split("-")[1]) * recipe.accumulation
-        count = recipe.updates * recipe.accumulation
-        return BatchLoader(stream, collator, first=first, count=count, process=process, processes=processes)
-
+    done = 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
     teacher = (
         FrozenTeacher(recipe.teacher, recipe.teacher_settings, device=str(model.backbone.device)) if recipe.teacher is not None else None
     )
-    trainer = StepwiseTrainer(model, recipe, loader, held_out, output, teacher)
+    trainer = StepwiseTrainer(model, recipe, partial(data.loader, done), held_out, output, teacher)
     for callback in (bar, OwnIntervals()):
         trainer.add_callback(callback)
     trainer.add_callback(History(output))
@@ -164,7 +175,7 @@ def _trainer(
 
 
 def _stream(
-    recipe: Recipe, exclude: TextFilter | None, *, batch_size: int, strict: bool = False, bad: BadRows | None = None
+    recipe: Recipe, exclude: TextFilter | None, batch_size: int, *, strict: bool, bad: BadRows, crowded_out: Counter[str]
 ) -> BatchStream:
     return BatchStream(
         recipe.files,
@@ -175,14 +186,15 @@ def _stream(
         held_out=recipe.evaluation.share if recipe.evaluation is not None else 0.0,
         exclude=exclude,
         strict=strict,
-        bad=BadRows() if bad is None else bad,
+        bad=bad,
+        crowded_out=crowded_out,
     )
 
 
 def _texts(recipe: Recipe, tokenizer: PromptTokenizer, exclude: TextFilter | None) -> list[TokenIds]:
     """Return prompts of the first batches, bare, as many as the head is started from."""
     prompts: list[TokenIds] = []
-    for pairs in _stream(recipe, exclude, batch_size=recipe.queries):
+    for pairs in _stream(recipe, exclude, recipe.queries, strict=False, bad=BadRows(), crowded_out=Counter()):
         prompts += tokenizer([text for pair in pairs for text in (pair.query, *pair.positives, *pair.negatives)]).ids
         if len(prompts) >= recipe.fit_head:
             break

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,9 +18,11 @@ from transformers.trainer_utils import rotate_checkpoints
 from genembed.errors import ConfigurationError, NonFiniteError
 from genembed.train.collate import BatchLoader, TrainingBatch
 from genembed.train.durable import publish, writing
-from genembed.train.gather import gather_across_processes
+from genembed.train.gather import from_first_process, gather_across_processes
 from genembed.train.gradcache import cached_loss
 from genembed.train.heldout import HeldOut
+from genembed.train.losses import known_answers
+from genembed.train.means import LossMeans
 from genembed.train.model import TrainableEmbedder
 from genembed.train.objective import ObjectiveValue, Teacher
 from genembed.train.recipe import Recipe
@@ -28,6 +30,9 @@ from genembed.train.teacher import FrozenTeacher
 
 STAGING = ".incomplete"
 BAD_BATCH = "bad_batch.json"
+
+_NO_KEY = -1
+"""Key of no text; hashes are not negative."""
 
 
 class StepwiseTrainer(Trainer):
@@ -55,7 +60,7 @@ class StepwiseTrainer(Trainer):
         self.run_folder, self.teacher = output, teacher
         # A mask of false negatives means nothing for scored pairs.
         self.scored_objective = replace(recipe.objective, false_negative_margin=None)
-        self._parts: dict[str, float] = {}
+        self._means = LossMeans()
         self._since_update: list[TrainingBatch] = []
         arguments = _arguments(recipe, output, evaluate=held_out is not None)
         super().__init__(model=model, args=arguments, train_dataset=[0], eval_dataset=[0])
@@ -110,30 +115,29 @@ class StepwiseTrainer(Trainer):
             known = torch.tensor(scores, dtype=vectors.dtype, device=vectors.device)
             value = objective(queries, candidates, scores=known, teacher=teacher)
         else:
-            positives = torch.arange(count, device=vectors.device)
-            if self.recipe.gather and self.args.world_size > 1:
-                candidates, positives, teacher = _gathered(candidates, positives, teacher, self.args.process_index)
-            value = objective(queries, candidates, positives=positives, teacher=teacher)
-        self._note(value)
+            value = self._contrast(queries, candidates, batch, teacher)
+        self._means.add(value)
         return value
+
+    def _contrast(self, queries: Tensor, candidates: Tensor, batch: TrainingBatch, teacher: Teacher | None) -> ObjectiveValue:
+        """Contrast the queries of this process with its own candidates, or with those of all processes."""
+        count, keys = len(queries), batch.keys.to(queries.device)
+        answered = torch.nn.functional.pad(keys[:count], (0, 0, 0, len(candidates) - count), value=_NO_KEY)
+        own = _Candidates(candidates, keys[count:], answered, None if teacher is None else teacher.candidates)
+        positives = torch.arange(count, device=queries.device)
+        if self.recipe.gather and self.args.world_size > 1:
+            # This process's positives move behind the candidates of the processes before it.
+            own, positives = own.gathered(), positives + self.args.process_index * len(candidates)
+        if teacher is not None and own.taught is not None:
+            teacher = Teacher(teacher.queries, own.taught)
+        ignore = known_answers(keys[:count], own.keys, own.answered, positives)
+        return self.recipe.objective(queries, own.vectors, positives=positives, ignore=ignore, teacher=teacher)
 
     def _taught(self, start: Tensor, batch: TrainingBatch) -> Teacher:
         """Return the teacher's embeddings of a batch."""
         count = len(batch.queries)
         known = start.detach() if self.teacher is None else self.teacher(batch.texts)
         return Teacher(known[:count], known[count:])
-
-    def _note(self, value: ObjectiveValue) -> None:
-        """Keep the parts of the loss for the next log line."""
-        if not torch.is_grad_enabled():
-            return
-        self._parts = {}
-        for name, part in value.parts.items():
-            numbers = part.detach().flatten().tolist()
-            if part.dim():
-                self._parts[f"{name}_first"], self._parts[f"{name}_last"] = numbers[0], numbers[-1]
-            else:
-                self._parts[name] = numbers[0]
 
     def _check_finite(self, what: str, value: Tensor) -> None:
         """Stop before weights are changed by a number that is not finite; keep the batches since the last update."""
@@ -167,17 +171,21 @@ class StepwiseTrainer(Trainer):
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of the loss to what Transformers logs."""
+        """Log the loss and its parts as means over batches and processes since the line before."""
         if "loss" in logs:
-            logs = {**logs, **self._parts}
+            logs = {**logs, **self._means.take(self._mean_over_processes)}
         super().log(logs, start_time)
 
+    def _mean_over_processes(self, numbers: Tensor) -> Tensor:
+        return cast("Tensor", self.accelerator.reduce(numbers, reduction="mean"))
+
     def evaluate(self, *_arguments: Any, metric_key_prefix: str = "eval", **_options: Any) -> dict[str, float]:
-        """Measure quality on held-out pairs at every K of the recipe."""
-        if self.held_out is None:
+        """Measure quality on held-out pairs at every K of the recipe, on the first process."""
+        held_out = self.held_out
+        if held_out is None:
             return {}
         self.embedder.eval()
-        values = self.held_out.measure(self.embedder.backbone)
+        values = from_first_process(lambda: held_out.measure(self.embedder.backbone))
         self.embedder.train()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(metrics)
@@ -191,6 +199,7 @@ class StepwiseTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.embedder.restore(Path(resume_from_checkpoint))
+        self._means.load(Path(resume_from_checkpoint), self.args.device)
 
     def _get_output_dir(self, trial: Any) -> str:
         # Checkpoints are written here and renamed once complete.
@@ -202,6 +211,7 @@ class StepwiseTrainer(Trainer):
         staged, final = self.run_folder / STAGING / name, self.run_folder / name
         with writing(final, leftover=self.run_folder / STAGING):
             super()._save_checkpoint(model, trial)
+            self._means.save(staged, self._mean_over_processes, write=self.args.should_save)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             with writing(final, leftover=self.run_folder / STAGING):
@@ -215,12 +225,20 @@ def complete_checkpoint(folder: Path) -> Path | None:
     return max(numbered)[1] if numbered else None
 
 
-def _gathered(candidates: Tensor, positives: Tensor, teacher: Teacher | None, process: int) -> tuple[Tensor, Tensor, Teacher | None]:
-    """Join the candidates of all processes; this process's positives move behind those of the processes before it."""
-    joined = gather_across_processes(candidates)
-    if teacher is not None:
-        teacher = Teacher(teacher.queries, gather_across_processes(teacher.candidates[:, None])[:, 0])
-    return joined, positives + process * len(candidates), teacher
+class _Candidates(NamedTuple):
+    """What queries are contrasted with."""
+
+    vectors: Tensor
+    keys: Tensor
+    answered: Tensor
+    """Keys of the query that a candidate is the positive of."""
+    taught: Tensor | None
+    """The teacher's embeddings."""
+
+    def gathered(self) -> _Candidates:
+        """Return the candidates of all processes."""
+        vectors, keys, answered = map(gather_across_processes, (self.vectors, self.keys, self.answered))
+        return _Candidates(vectors, keys, answered, None if self.taught is None else gather_across_processes(self.taught))
 
 
 def _arguments(recipe: Recipe, output: Path, *, evaluate: bool) -> TrainingArguments:
