@@ -71,6 +71,12 @@ def measured(quality: HeldOut) -> dict[str, float]:
 # Held-out quality
 
 
+def test_a_wrong_text_that_several_pairs_have_counts_once(known: dict[str, list[Any]]) -> None:
+    known |= {"a": [1, 0], "b": [0, 1], "near": [1, 0.1], "right": [1, 0.5], "own": [0, 1]}
+    pairs = (pair("a", "right", "near"), pair("b", "own", "near"))
+    assert measured(held_out(*pairs))["file_k1"] == pytest.approx(100 * (1 / math.log2(3) + 1) / 2)
+
+
 def test_a_positive_that_two_queries_share_is_no_wrong_answer(known: dict[str, list[Any]]) -> None:
     known |= {"a": [1, 0], "b": [1, 0], "c": [0, 1], "shared": [1, 0], "own": [0, 1]}
     assert measured(held_out(pair("a", "shared"), pair("b", "shared"), pair("c", "own"))) == {"mean_k1": 100, "file_k1": 100}

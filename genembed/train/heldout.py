@@ -118,7 +118,8 @@ def _ndcg(queries: Float[Tensor, "queries hidden"], candidates: Float[Tensor, "c
     scores = queries @ candidates.T
     own = scores.diagonal()[:, None]
     identities = torch.tensor(task.identities)
-    others = identities[None, :] != identities[: len(queries), None]  # a positive that two queries share is right for both
+    first = identities == torch.arange(len(identities))  # a text that several pairs have as a negative is one text
+    others = first & (identities != identities[: len(queries), None])  # a positive that two queries share is right for both
     # Texts that tie with the positive stand before it: equal vectors must not count as found.
     ahead = ((scores >= own) & others).sum(1)
     gains = torch.where(ahead < 10, 1 / torch.log2(ahead + 2.0), torch.zeros_like(ahead, dtype=torch.float32))
