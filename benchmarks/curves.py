@@ -15,12 +15,16 @@ from genembed.halting import HaltingRule
 STEPS = 20
 
 Curve = np.ndarray
-"""Vectors of one set of texts at K = 0 .. 20: [texts, 21, hidden]; a one-pass model has K = 0 alone."""
+"""Vectors of one set of texts at K = 0 .. 20: [texts, 21, hidden]; a one-pass model has K = 0 alone, and where generated states alone
+are pooled K = 0 is NaN."""
 
 
 def curve_of(model: Embedder, texts: list[str]) -> Curve:
     """Embed texts once and keep every z_k, z_0 included."""
-    start = model.refine(texts, halt=FixedSteps(0)).vectors
+    if model.settings.pooling.needs_steps:
+        start = np.full((len(texts), model.get_embedding_dimension()), np.nan, dtype=np.float32)
+    else:
+        start = model.refine(texts, halt=FixedSteps(0)).vectors
     if not model.settings.halt.max_steps:
         return start[:, None]
     trajectory = model.refine(texts, halt=FixedSteps(STEPS), keep_trajectory=True).trajectory
