@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from results_file import RESULTS, write
-from scipy.stats import beta  # type: ignore[import-untyped]
+from scipy.stats import beta
 
 from genembed.calibrate.betting import SIGNED, UNIT, LossRange, certified
 

@@ -67,7 +67,7 @@ def ndcg_at_10(scores: np.ndarray, data: Retrieval) -> np.ndarray:
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
     """Return Spearman's rank correlation, in percent."""
-    from scipy.stats import spearmanr  # type: ignore[import-untyped]
+    from scipy.stats import spearmanr
 
     return 100 * float(spearmanr(first, second).statistic)
 

@@ -101,6 +101,24 @@ def gates() -> str:
     return f"{_source(path)}\n\n{_table(heads, rows)}\n\nDistinct likeliest tokens over texts: {distinct}.\n\n{gates}"
 
 
+def quality() -> str:
+    """Quality on test sets, for every K."""
+    path, result = newest("quality")
+    shown = (0, 1, 3, 5, 10, 20)
+    rows = [
+        [name, *(f"{one['curve'][k]:.2f}" for k in shown), f"{one['halted']:.2f} at {one['mean_steps']:.1f}", _or_none(one["bm25"])]
+        for name, one in result["sets"].items()
+    ]
+    halted = sum(one["halted"] for one in result["sets"].values()) / len(result["sets"])
+    rows.append(["mean", *(f"{result['mean'][k]:.2f}" for k in shown), f"{halted:.2f}", ""])
+    heads = ["test set", *(f"K = {k}" for k in shown), "halted, at mean k*", "BM25"]
+    return f"{_source(path)}\n\n{_table(heads, rows)}"
+
+
+def _or_none(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
 def training() -> str:
     """Time and memory of a training update."""
     path, result = newest("training")
@@ -142,6 +160,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "throughput": throughput,
     "scifact": scifact,
     "gates": gates,
+    "quality": quality,
     "training": training,
     "calibration": calibration,
 }

@@ -32,9 +32,14 @@ ALLOWED = {
     "pyarrow": ("files.py", "index/", "train/"),
     "lancedb": ("index/",),
     "accelerate": ("train/",),
-    "datasets": ("train/",),
-    "matplotlib": ("train/",),
-    "pytrec_eval": ("calibrate/",),
+    "datasets": ("train/", "evaluate/"),
+    "matplotlib": ("train/", "analyse/plots.py"),
+    "pytrec_eval": ("calibrate/", "evaluate/"),
+    "mteb": ("evaluate/",),
+    "bm25s": ("evaluate/",),
+    "scipy": ("analyse/", "evaluate/"),
+    "sklearn": ("evaluate/",),
+    "sentence_transformers": ("evaluate/",),
 }
 """The only places of the package that may import these third parties."""
 

@@ -70,13 +70,7 @@ def develop(
     Raises:
         ConfigurationError: If the model does not refine, or there are not more documents than results are looked at.
     """
-    steps = model.settings.halt.max_steps if max_steps is None else max_steps
-    if steps < 2:
-        raise ConfigurationError(
-            f"{model.source.name} with {steps} steps: there is nothing to halt; calibration needs a model that refines, two steps or more."
-        )
-    if len(data.documents) <= DEPTH:
-        raise ConfigurationError(f"{len(data.documents)} documents: a corpus of more than {DEPTH} is needed to compare the best {DEPTH}.")
+    steps = full_steps(model, data, max_steps)
     wanted = model.settings.query_instruction if instruction is None else instruction
     queries = model.refine(
         list(data.queries.values()), instruction=wanted, halt=FixedSteps(steps), keep_trajectory=True, show_progress_bar=show_progress_bar
@@ -87,16 +81,39 @@ def develop(
     return Development(queries.stability, top, None if data.relevant is None else ndcg_at_10(top, data))
 
 
+def full_steps(model: Embedder, data: RetrievalSet, max_steps: int | None) -> int:
+    """Return K, the steps of the full refinement: those of the model's own rule if None is given.
+
+    Raises:
+        ConfigurationError: If the model does not refine, or there are not more documents than results are looked at.
+    """
+    steps = model.settings.halt.max_steps if max_steps is None else max_steps
+    if steps < 2:
+        raise ConfigurationError(
+            f"{model.source.name} with {steps} steps: there is nothing to halt; calibration needs a model that refines, two steps or more."
+        )
+    if len(data.documents) <= DEPTH:
+        raise ConfigurationError(f"{len(data.documents)} documents: a corpus of more than {DEPTH} is needed to compare the best {DEPTH}.")
+    return steps
+
+
 def nearest(
     trajectory: Float[np.ndarray, "queries steps hidden"], documents: Float[np.ndarray, "documents hidden"]
 ) -> Int[np.ndarray, "queries steps depth"]:
     """Search every z_k exactly; the places of the nearest documents, nearest first."""
+    return scored(trajectory, documents, depth=DEPTH)[1]
+
+
+def scored(
+    trajectory: Float[np.ndarray, "queries steps hidden"], documents: Float[np.ndarray, "documents hidden"], *, depth: int
+) -> tuple[Float[np.ndarray, "queries steps depth"], Int[np.ndarray, "queries steps depth"]]:
+    """Search every z_k exactly; scores and places of the `depth` nearest documents, nearest first."""
     vectors = torch.from_numpy(np.ascontiguousarray(trajectory)).flatten(0, 1)
     targets = torch.from_numpy(np.ascontiguousarray(documents)).T
     size = max(1, _SCORES // len(documents))
-    found = [(vectors[start : start + size] @ targets).topk(DEPTH).indices for start in range(0, len(vectors), size)]
-    result: np.ndarray = torch.cat(found).view(*trajectory.shape[:2], DEPTH).numpy()
-    return result
+    found = [(vectors[start : start + size] @ targets).topk(depth) for start in range(0, len(vectors), size)]
+    scores, places = (torch.cat(parts).view(*trajectory.shape[:2], depth).numpy() for parts in zip(*found, strict=True))
+    return scores, places
 
 
 def ndcg_at_10(top: Int[np.ndarray, "queries steps depth"], data: RetrievalSet) -> Float[np.ndarray, "queries steps"]:

@@ -18,9 +18,11 @@ except ModuleNotFoundError:  # the console script imports this module before any
     sys.stderr.write(f"genembed: {missing_extra('cli', 'typer')}\n")
     raise SystemExit(2) from None
 
+from genembed.cli.analysing import analyse
 from genembed.cli.calibrating import calibrate
 from genembed.cli.costing import cost
 from genembed.cli.embedding import embed, info
+from genembed.cli.evaluating import evaluate
 from genembed.cli.mining import mine
 from genembed.cli.searching import demo, index, search
 from genembed.cli.speaking import tokens
@@ -34,7 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in (demo, embed, index, search, info, mine, train, calibrate, tokens, cost):
+for verb in (demo, embed, index, search, info, mine, train, calibrate, analyse, evaluate, tokens, cost):
     app.command()(verb)
 
 
