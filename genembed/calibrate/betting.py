@@ -14,6 +14,9 @@ from jaxtyping import Float
 
 from genembed.errors import ConfigurationError
 
+_ROUNDING = 1e-9
+"""By so much a computed loss may leave its range."""
+
 
 @dataclass(frozen=True)
 class LossRange:
@@ -27,6 +30,10 @@ class LossRange:
     """What is believed of the variance; it keeps the first bets small."""
     largest_bet: float
     """Share of the wealth that the worst possible loss may take, in (0, 1)."""
+
+    def holds(self, loss: float) -> bool:
+        """Whether a loss can occur; NaN cannot."""
+        return self.low - _ROUNDING <= loss <= 1 + _ROUNDING
 
 
 SIGNED = LossRange(low=-1.0, prior_mean=0.0, prior_variance=0.0025, largest_bet=0.5)
@@ -166,7 +173,10 @@ class Monitor:
             ConfigurationError: If a loss is not finite or outside its range; those before it are taken.
         """
         for loss in losses:
-            _check_losses(np.asarray([[loss]], dtype=np.float64), self.within)
+            if not self.within.holds(float(loss)):
+                raise ConfigurationError(
+                    f"loss {loss} after {self.seen} others: outside [{self.within.low:g}, 1], for which the test holds."
+                )
             self._take(float(loss))
         return self.alarm
 
@@ -195,7 +205,7 @@ def check_bound(epsilon: float, delta: float, within: LossRange) -> None:
 
 
 def _check_losses(losses: Float[np.ndarray, "queries candidates"], within: LossRange) -> None:
-    bad = ~((losses >= within.low - 1e-9) & (losses <= 1 + 1e-9))
+    bad = ~((losses >= within.low - _ROUNDING) & (losses <= 1 + _ROUNDING))
     if bad.any():
         row, candidate = (int(place[0]) for place in bad.nonzero())
         raise ConfigurationError(
