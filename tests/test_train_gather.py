@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from genembed import ConfigurationError
 from genembed.errors import NonFiniteError
-from genembed.train.gather import from_first_process, gather_across_processes
+from genembed.train.gather import from_first_process, gather_across_processes, leave_group
 from genembed.train.gradcache import cached_loss
 from genembed.train.losses import stepwise_contrastive
 from genembed.train.objective import Objective
@@ -128,7 +128,7 @@ def work(process: int, folder: Path) -> None:
         "gloo", init_method=f"file://{folder}/meeting", rank=process, world_size=WORLD, timeout=timedelta(seconds=60)
     )
     torch.save({**losses_and_gradients(process), **labels(process), **shared(process)}, folder / f"{process}.pt")
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 @pytest.fixture(scope="module")

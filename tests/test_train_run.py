@@ -235,6 +235,7 @@ def test_pairs_that_a_batch_had_no_room_for_are_counted_and_reported(
     assert f"batch_tokens=60 left no room in their batch: {{'pairs': {24 - sum(sizes)}}}" in caplog.text
 
 
+@pytest.mark.slow
 def test_pairs_that_share_texts_with_too_many_others_are_reported(
     recipe: Recipe, pairs: DataFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -265,6 +266,7 @@ def small_run(model: str, pairs: str, output: str) -> None:
     train(run, Path(output))
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_grow_is_reported_as_a_full_disk(recipe: Recipe, pairs: DataFile, tmp_path: Path) -> None:
     """Writers of tensors do not raise OSError: the message must come all the same, and nothing half written stay."""
     arguments = [sys.executable, "-c", _FULL, recipe.model, pairs.path, str(tmp_path / "run"), "40000"]
@@ -275,12 +277,14 @@ def test_a_file_that_cannot_grow_is_reported_as_a_full_disk(recipe: Recipe, pair
     assert not list((tmp_path / "run").glob("*checkpoint*"))
 
 
+@pytest.mark.slow
 def test_gradcache_gives_the_losses_of_the_whole_batch(recipe: Recipe, tmp_path: Path) -> None:
     train(recipe, tmp_path / "whole")
     train(replace(recipe, chunk=3), tmp_path / "chunks")
     np.testing.assert_allclose(losses(tmp_path / "chunks"), losses(tmp_path / "whole"), rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_checkpointed_layers_give_the_same_losses(recipe: Recipe, tmp_path: Path) -> None:
     train(recipe, tmp_path / "plain")
     train(replace(recipe, checkpoint_layers=True), tmp_path / "layers")
@@ -297,6 +301,7 @@ def test_a_logged_loss_is_the_mean_of_all_batches_since_the_line_before(recipe: 
     np.testing.assert_allclose(parts(tmp_path / "two"), np.array(parts(tmp_path / "every")).reshape(3, 2, 3).mean(1), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_make_one_update(recipe: Recipe, tmp_path: Path) -> None:
     train(replace(recipe, accumulation=2, updates=3), tmp_path / "run")
     train(replace(recipe, learning_rate=0.0), tmp_path / "single")
@@ -319,6 +324,7 @@ def test_quality_on_held_out_pairs_is_measured_at_every_k_and_the_best_is_kept(r
     np.testing.assert_array_equal(*(genembed.load(tmp_path / "run" / part).encode(["trip"]) for part in (".", "best")))
 
 
+@pytest.mark.slow
 def test_scored_pairs_are_ranked(recipe: Recipe, tmp_path: Path) -> None:
     rng, path = random.Random(1), tmp_path / "scored.jsonl"
     with path.open("w") as file:
@@ -354,6 +360,7 @@ def test_excluded_texts_are_never_trained_on(recipe: Recipe, pairs: DataFile, tm
     assert seen.isdisjoint(row["query"] for row in rows[:40])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [
@@ -424,6 +431,7 @@ def test_an_adapter_is_not_trained_once_more(recipe: Recipe, tmp_path: Path) -> 
 _SCRIPT = """
 import json, sys
 from pathlib import Path
+from genembed.train.gather import leave_group
 from genembed.train.heldout import HeldOut
 from genembed.train.objective import Objective
 from genembed.train.pairs import DataFile
@@ -447,9 +455,11 @@ train(
     ),
     Path(output),
 )
+leave_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_learn_as_one_with_the_joined_batch(recipe: Recipe, pairs: DataFile, tmp_path: Path) -> None:
     """Losses, the parts that are logged of them, and the quality that the first process measures for both."""
     script = tmp_path / "run.py"

@@ -105,6 +105,7 @@ def train(
         _show_recipe(chosen, as_json=as_json)
         return
     from genembed.train import merge as merging
+    from genembed.train.gather import leave_group
     from genembed.train.run import train as run
 
     if merge:
@@ -112,6 +113,7 @@ def train(
     begin = time.perf_counter()
     model = run(chosen, output, resume=resume, strict=strict, exclude=excluding.read())
     seconds = time.perf_counter() - begin
+    leave_group()
     if not _is_first_process():
         return
     if merge:

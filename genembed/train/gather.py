@@ -45,6 +45,13 @@ def gather_across_processes(x: Shaped[Tensor, "rows *rest"]) -> Shaped[Tensor, "
     return _Gather.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def leave_group() -> None:
+    """Take leave of the other processes at the end of a run: one that ends while another talks to it, or with a group open, aborts."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def from_first_process(compute: Callable[[], Value]) -> Value:
     """Return on every process what the first one computes, while the others wait; one of our errors is raised on all of them.
 
