@@ -355,6 +355,7 @@ def test_the_report_is_whole_and_says_what_its_numbers_say(
     assert "http" not in page, "the page needs nothing from elsewhere"
 
 
+@pytest.mark.slow
 def test_a_report_gives_way_to_a_later_one_and_nothing_else_does(
     folder: Path, local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -140,6 +140,7 @@ def test_instructions_from_two_sources_or_none_are_refused(options: dict[str, An
 # The encoder
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # mteb's mock sets have two texts each
 def test_mteb_accepts_the_encoder_on_all_its_mock_tasks(embedder: Embedder) -> None:
     done = mteb.mock_run(encoder_of(embedder))

@@ -291,6 +291,7 @@ def test_checkpointed_layers_give_the_same_losses(recipe: Recipe, tmp_path: Path
     np.testing.assert_allclose(losses(tmp_path / "layers"), losses(tmp_path / "plain"), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_logged_loss_is_the_mean_of_all_batches_since_the_line_before(recipe: Recipe, tmp_path: Path) -> None:
     train(replace(recipe, learning_rate=0.0), tmp_path / "every")
     train(replace(recipe, learning_rate=0.0, updates=5, log_every=2, save_every=5), tmp_path / "two")
