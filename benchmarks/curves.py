@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
-import genembed
 from genembed import Embedder, FixedSteps
+from genembed.calibrate.replay import halting_steps
 from genembed.halting import HaltingRule
 
 STEPS = 20
@@ -32,20 +31,10 @@ def curve_of(model: Embedder, texts: list[str]) -> Curve:
     return np.concatenate([start[:, None], trajectory], axis=1)
 
 
-def halting_steps(curve: Curve, rule: HaltingRule) -> np.ndarray:
-    """Replay a halting rule on kept trajectories: the step each text would have stopped at."""
-    texts = len(curve)
-    cosines = np.einsum("tkd,tkd->tk", curve[:, 1:-1], curve[:, 2:])
-    steps = np.full(texts, rule.max_steps)
-    for k in range(rule.max_steps, 0, -1):
-        window = np.full((texts, rule.window), -1.0)
-        measured = cosines[:, max(0, k - 1 - rule.window) : k - 1]
-        if measured.shape[1]:
-            window[:, -measured.shape[1] :] = measured
-        zeros = torch.zeros(texts)
-        progress = genembed.Progress(zeros, torch.full((texts,), k), zeros[:, None], zeros, zeros[:, None], torch.from_numpy(window))
-        steps[rule(progress).numpy()] = k
-    return steps
+def stability_of(curve: Curve) -> np.ndarray:
+    """Return s_2 .. s_K of every text."""
+    stability: np.ndarray = np.einsum("tkd,tkd->tk", curve[:, 1:-1], curve[:, 2:])
+    return stability
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +65,7 @@ class Curves:
         """Score under a halting rule, and its mean k*."""
         chosen, counts = {}, []
         for role, curve in self.vectors.items():
-            steps = halting_steps(curve, rule)
+            steps = halting_steps(stability_of(curve), rule)
             chosen[role] = curve[np.arange(len(curve)), steps]
             counts.append(steps)
         return self.of.score(chosen), float(np.concatenate(counts).mean())

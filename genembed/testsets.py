@@ -68,7 +68,7 @@ def read_retrieval_set(corpus: Path, queries: Path, qrels: Path | None = None) -
 
 def _read_texts(path: Path) -> dict[str, str]:
     texts: dict[str, str] = {}
-    for line, row in _json_lines(path):
+    for line, row in json_lines(path):
         identifier, text = row.get("_id", row.get("id")), row.get("text")
         if not isinstance(identifier, (str, int)) or isinstance(identifier, bool) or not isinstance(text, str):
             raise DataError(f"{path}, line {line}: an object with _id and text is needed, not {json.dumps(row)[:80]}.")
@@ -80,14 +80,19 @@ def _read_texts(path: Path) -> dict[str, str]:
     return texts
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects of a `.jsonl` or `.jsonl.gz` file with their lines, from 1; empty lines are passed over.
+
+    Raises:
+        DataError: If the file cannot be read, or a line is no object.
+    """
     for line, text in _lines(path):
         try:
             row = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
             raise DataError(f"{path}, line {line}: not JSON: {error}") from error
         if not isinstance(row, dict):
-            raise DataError(f"{path}, line {line}: an object with _id and text is needed, not {text[:80]}.")
+            raise DataError(f"{path}, line {line}: an object is needed, not {text.strip()[:80]}.")
         yield line, row
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from genembed.errors import ConfigurationError, DataError
-from genembed.testsets import RetrievalSet, read_retrieval_set
+from genembed.testsets import RetrievalSet, json_lines, read_retrieval_set
 
 Kind = Literal["retrieval", "sts", "pairs", "classification", "clustering"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -84,7 +83,7 @@ def read_set(path: Path, *, kind: Kind | None = None, split: str | None = None, 
         return _retrieval(path, split or _TEST)
     if kind == "retrieval":
         raise DataError(f"{path}: is a file; a retrieval set is a folder with corpus.jsonl, queries.jsonl and qrels.")
-    rows = list(_json_lines(path))
+    rows = list(json_lines(path))
     if not rows:
         raise DataError(f"{path}: is empty; a set has at least one row.")
     found: Kind = kind or ("clustering" if aspect is not None else _recognise(path, rows[0][1].keys(), rows))
@@ -200,26 +199,6 @@ def parse_aspects(values: Sequence[str]) -> dict[str, str]:
     if len(aspects) == 1:
         raise ConfigurationError(f"--aspect {values[0]}: one aspect is an ordinary clustering; give two or more.")
     return aspects
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig") as file:
-            for line, text in enumerate(file, start=1):
-                if text.strip():
-                    yield line, _parsed(path, line, text)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-
-
-def _parsed(path: Path, line: int, text: str) -> dict[str, Any]:
-    try:
-        row = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path}, line {line}: not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{path}, line {line}: an object is needed, not {text.strip()[:80]}.")
-    return row
 
 
 def _hash(content: object) -> str:
