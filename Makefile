@@ -1,9 +1,9 @@
-# make demo | make test | make check | make bench | make setup
+# make demo | make test | make check | make bench | make reproduce | make setup
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check bench format clean
+.PHONY: setup demo test check bench reproduce format clean
 
 setup: $(VENV)/.installed
 
@@ -31,6 +31,14 @@ format: setup
 bench: setup
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/scifact.py
+
+# Hours: what has a result file is left out, so it can be stopped and given again.
+reproduce: setup
+	$(BIN)/python benchmarks/reproduce.py
+	$(BIN)/python benchmarks/halting.py
+	$(BIN)/python benchmarks/instructions.py --untrained runs/reproduction/mini-untrained-seed0
+	$(BIN)/python benchmarks/generation_cost.py
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

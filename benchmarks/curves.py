@@ -18,15 +18,15 @@ Curve = np.ndarray
 are pooled K = 0 is NaN."""
 
 
-def curve_of(model: Embedder, texts: list[str]) -> Curve:
+def curve_of(model: Embedder, texts: list[str], *, instruction: str | None = None) -> Curve:
     """Embed texts once and keep every z_k, z_0 included."""
     if model.settings.pooling.needs_steps:
         start = np.full((len(texts), model.get_embedding_dimension()), np.nan, dtype=np.float32)
     else:
-        start = model.refine(texts, halt=FixedSteps(0)).vectors
+        start = model.refine(texts, instruction=instruction, halt=FixedSteps(0)).vectors
     if not model.settings.halt.max_steps:
         return start[:, None]
-    trajectory = model.refine(texts, halt=FixedSteps(STEPS), keep_trajectory=True).trajectory
+    trajectory = model.refine(texts, instruction=instruction, halt=FixedSteps(STEPS), keep_trajectory=True).trajectory
     assert trajectory is not None
     return np.concatenate([start[:, None], trajectory], axis=1)
 

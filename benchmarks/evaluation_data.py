@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytrec_eval
+
+from genembed.testsets import read_retrieval_set, retrieval_files
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 """Where the sets lie unless --data says otherwise."""
@@ -45,15 +46,10 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def retrieval(folder: Path, *, qrels: str = "qrels.tsv") -> Retrieval:
     """Read a retrieval set with the queries that have a judgement above zero."""
-    with (folder / qrels).open(encoding="utf-8") as file:
-        judged = [(row["query-id"], row["corpus-id"], int(row["score"])) for row in csv.DictReader(file, delimiter="\t")]
-    relevant: dict[str, dict[str, int]] = {}
-    for query, document, score in judged:
-        if score > 0:
-            relevant.setdefault(query, {})[document] = score
-    documents = {row["_id"]: f"{row['title']} {row['text']}".strip() for row in json_lines(folder / "corpus.jsonl")}
-    queries = {row["_id"]: row["text"] for row in json_lines(folder / "queries.jsonl") if row["_id"] in relevant}
-    return Retrieval(documents, queries, relevant)
+    corpus, queries, _ = retrieval_files(folder, judged=False)
+    read = read_retrieval_set(corpus, queries, folder / qrels)
+    assert read.relevant is not None
+    return Retrieval(read.documents, read.queries, read.relevant)
 
 
 def ndcg_at_10(scores: np.ndarray, data: Retrieval) -> np.ndarray:

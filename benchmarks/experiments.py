@@ -88,11 +88,11 @@ class Family:
 
 
 def matrix() -> list[Experiment]:
-    """Return all experiments, those that others wait for first, then one seed after the other."""
+    """Return all experiments, what others wait for first, then part by part and one seed after the other."""
     decoder, mini = _recipe("decoder", "gircse"), _recipe("mini", "mini")
     found = [one for family in (_decoder(decoder, mini), _mini(mini, decoder.files)) for one in _experiments(family)]
     first = {part: place for place, part in enumerate(PARTS)}
-    return sorted(found, key=lambda one: (one.backbone, first[one.parts[0]], one.seed))
+    return sorted(found, key=lambda one: (first[one.parts[0]], one.backbone, one.seed))
 
 
 def _recipe(file: str, name: str) -> Recipe:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from halting_verdicts import Measured
 from matplotlib.figure import Figure
 from verdicts import BASELINES, MOST_STEPS, ROWS, TRAINED_STEPS, UNTRAINED, Results, Run
 
@@ -80,6 +81,36 @@ def training_curves(results: Results) -> Figure:
     return figure
 
 
+def halting_tradeoff(measured: Measured) -> Figure:
+    """Draw quality over fixed K, and where the halting rule lies, set by set (ConvergeStop, figure 2)."""
+    figure = Figure(figsize=(9.0, 6.0), layout="constrained")
+    for place, one in enumerate(measured.sets, start=1):
+        axes = figure.add_subplot(2, 2, place, title=f"{one.name}, {one.queries} queries", xlabel="mean steps", ylabel="nDCG@10, %")
+        curve = {row["steps"]: row["quality"] for row in one.table("tradeoff")}
+        axes.plot(list(curve), [row["value"] for row in curve.values()], label="fixed K", color="#0072B2")
+        points = [k for k in (1, 3, 5, 10, 15, 20) if k in curve]
+        axes.plot(points, [curve[k]["value"] for k in points], "o", color="#0072B2")
+        for row in one.table("main"):
+            if row["chosen"]:
+                axes.plot(row["steps"], row["quality"]["value"], "*", markersize=13, label=row["rule"])
+        _finish(axes)
+    return figure
+
+
+def halting_depths(measured: Measured) -> Figure:
+    """Draw where the test queries halt, set by set (ConvergeStop, figure 3)."""
+    figure = Figure(figsize=(9.0, 5.2), layout="constrained")
+    for place, one in enumerate(measured.sets, start=1):
+        axes = figure.add_subplot(2, 2, place, title=one.name, xlabel="k*", ylabel="test queries, %")
+        rows = one.table("depths")
+        axes.bar([row["steps"] for row in rows], [row["share"] for row in rows], color="#0072B2")
+        axes.set_xticks(range(0, len(rows) + 1, 5))
+        _finish(axes)
+    return figure
+
+
+HALTING_FIGURES: Mapping[str, Callable[[Measured], Figure]] = {"tradeoff": halting_tradeoff, "depths": halting_depths}
+
 FIGURES: Mapping[str, Callable[[Results], Figure]] = {
     "steps": test_time_scaling,
     "data": data_scaling,
@@ -105,6 +136,15 @@ def _finish(axes: Any) -> None:
 def fingerprint(results: Results) -> str:
     """Return a hash of what is drawn, which a picture carries so that a stale one can be told."""
     drawn = {name: [[run["seed"], run["scores"], run["curves"]] for run in runs] for name, runs in sorted(results.by_name.items())}
+    return _hash(drawn)
+
+
+def halting_fingerprint(measured: Measured) -> str:
+    """Return the same of the sets on which halting was measured."""
+    return _hash([[one.name, one.table("main"), one.table("tradeoff"), one.table("depths")] for one in measured.sets])
+
+
+def _hash(drawn: object) -> str:
     return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()
 
 

@@ -10,12 +10,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from figures import ENDINGS, FIGURES, fingerprint, mark_of, pairs_of, save
+from figures import ENDINGS, FIGURES, HALTING_FIGURES, fingerprint, halting_fingerprint, mark_of, pairs_of, save
+from halting_verdicts import Measured
+from markdown import demoted, table
+from matplotlib.figure import Figure
+from report_halting import part_two
 from results_file import RESULTS
 from small_sets import DEVELOPMENT_SETS, TEST_SETS
 from verdicts import (
@@ -69,12 +74,6 @@ OPTIONS = {
     "self-distillation": "K = 20, and z_5 towards z_20",
 }
 _LONG = ("steps-20", "self-distillation")
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -264,8 +263,14 @@ def _picture(results: Results, figure: str) -> str:
     return f"![{figure}, {results.backbone}]({PICTURES.name}/{results.backbone}-{figure}.png)"
 
 
-def document(runs: Sequence[Run], paper: dict[str, Any]) -> str:
+def document(runs: Sequence[Run], paper: dict[str, Any], measured: Measured) -> str:
     """Return the whole document."""
+    parts = [part_one(runs, paper), part_two(measured, PICTURES.name)]
+    return "\n\n".join([_TITLE.strip(), *(demoted(part).strip() for part in parts)]) + "\n"
+
+
+def part_one(runs: Sequence[Run], paper: dict[str, Any]) -> str:
+    """Return what the experiments with training say."""
     found = {backbone: Results.of(backbone, runs) for backbone in BACKBONES}
     text = _OPENING.format(
         seeds=LEAST_SEEDS,
@@ -275,7 +280,7 @@ def document(runs: Sequence[Run], paper: dict[str, Any]) -> str:
         gain=NO_GAIN,
         spike=SPIKE,
     )
-    return "\n\n".join([text.strip(), *(section(results, paper) for results in found.values())]) + "\n"
+    return "\n\n".join([text.strip(), *(section(results, paper) for results in found.values())])
 
 
 def _paper_leads(paper: dict[str, Any]) -> str:
@@ -286,12 +291,20 @@ def _paper_leads(paper: dict[str, Any]) -> str:
     return "; ".join(leads) or "not read"
 
 
-_OPENING = """
-# Reproduction, part 1: what GIRCSE's claims are worth on two small backbones
+_TITLE = """
+# Reproduction
 
-Made by `benchmarks/report.py` from [result files](../benchmarks/results/reproduction) of `benchmarks/reproduce.py`; no number and
-no verdict is typed. The paper trains models of 0.5 to 7 billion weights on 50,000 to 200,000 pairs; here a few thousand pairs and a
-CPU have to do, so a verdict says what holds at this scale, and none says what holds at the paper's. What was not run is called so.
+What the two papers claim, at the scale of two CPU cores: [GIRCSE](#part-1-training-on-two-small-backbones) (generative embeddings, trained
+step by step) and [ConvergeStop](#part-2-convergestop-instructions-and-what-generation-costs) (halting them when they stand still).
+`make reproduce` runs what has no result file yet, and writes this page from the files; no number and no verdict is typed.
+"""
+
+_OPENING = """
+# Part 1: training, on two small backbones
+
+From [result files](../benchmarks/results/reproduction) of `benchmarks/reproduce.py`. The paper trains models of 0.5 to 7 billion
+weights on 50,000 to 200,000 pairs; here a few thousand pairs and a CPU have to do, so a verdict says what holds at this scale, and
+none says what holds at the paper's. What was not run is called so.
 
 ## Verdicts
 
@@ -313,26 +326,35 @@ Sets, each a fixed random part, read without instructions; the last three are fo
 """
 
 
+def pictures(runs: Sequence[Run], measured: Measured) -> Mapping[Path, tuple[Callable[[], Figure], str]]:
+    """Return how each picture is drawn, and the mark of what it shows."""
+    found = [results for backbone in BACKBONES if (results := Results.of(backbone, runs)).by_name.get("gircse")]
+    made = {
+        PICTURES / f"{one.backbone}-{name}.png": (partial(draw, one), fingerprint(one)) for one in found for name, draw in FIGURES.items()
+    }
+    mark = halting_fingerprint(measured)
+    halting = {PICTURES / f"halting-{name}.png": (partial(draw, measured), mark) for name, draw in HALTING_FIGURES.items()}
+    return made | halting if measured.sets else made
+
+
 def main() -> None:
     """Write the document and its figures, or compare them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare")
     arguments = parser.parse_args()
-    runs, known = read_results(FOLDER), FOLDER / "paper.json"
+    runs, known, measured = read_results(FOLDER), FOLDER / "paper.json", Measured.read(RESULTS, "mini")
     paper = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
-    made = document(runs, paper)
-    found = [results for backbone in BACKBONES if (results := Results.of(backbone, runs)).by_name.get("gircse")]
-    pictures = {PICTURES / f"{one.backbone}-{name}.png": (draw, one) for one in found for name, draw in FIGURES.items()}
+    made, drawn = document(runs, paper, measured), pictures(runs, measured)
+    stale = [path for path, (_, mark) in drawn.items() if mark_of(path) != mark]
     if arguments.check:
-        stale = [path.name for path, (_, one) in pictures.items() if mark_of(path) != fingerprint(one)]
         if not DOCUMENT.is_file() or DOCUMENT.read_text(encoding="utf-8") != made or stale:
-            sys.exit(f"{DOCUMENT}, {stale}: not those of the result files; run benchmarks/report.py")
+            sys.exit(f"{DOCUMENT}, {[path.name for path in stale]}: not those of the result files; run benchmarks/report.py")
         return
     DOCUMENT.write_text(made, encoding="utf-8")
-    for path, (draw, one) in pictures.items():
-        if mark_of(path) != fingerprint(one):
-            save(draw(one), path, fingerprint(one))
-    print(f"{DOCUMENT}: {len(runs)} results")
+    for path in stale:
+        draw, mark = drawn[path]
+        save(draw(), path, mark)
+    print(f"{DOCUMENT}: {len(runs)} results of training, {len(measured.sets)} sets halted")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,14 @@ def write(theme: str, values: dict[str, Any], *, folder: Path = RESULTS) -> Path
     return path
 
 
+def is_kept(path: Path, *, again: bool) -> bool:
+    """Say that a result is there and is left as it is."""
+    if path.is_file() and not again:
+        print(f"{path.name}: kept (--again measures it anew)", flush=True)
+        return True
+    return False
+
+
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []

@@ -234,7 +234,7 @@ class _DecodeBatch:
             taken.append(waiting.pop())
             tokens += length
         mean, last = self._read([self.prompts[row] for row in taken])
-        index = torch.tensor(taken, device=last.device)
+        index = torch.tensor(taken, device=last.device) + self.job.first_row
         new = self.backbone.settings.pooling.start(index, last, mean, window=self.halt.window)
         self.log.admit(present, len(taken))
         self.progress = new if self.progress is None else self.progress.extend(new)
@@ -270,7 +270,7 @@ class _DecodeBatch:
         assert self.progress is not None
         done = self.progress.select(rows)
         vectors, steps = done.embedding.float().cpu().numpy(), done.step.cpu().numpy()
-        index = done.index.cpu().numpy() + self.job.first_row
+        index = done.index.cpu().numpy()
         sound = np.isfinite(vectors).all(-1) & (np.abs(vectors).max(-1) > 0)
         if not sound.all():
             bad = int((~sound).argmax())

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,9 @@ Binary = IO[bytes] | io.BufferedIOBase
 """An open file or stream of bytes."""
 
 _TEXT_COLUMN = "text"
+
+_ASIDE = ".genembed-old-"
+"""Begins the name of a folder that another one is about to replace."""
 
 
 class Record(NamedTuple):
@@ -287,6 +291,75 @@ def replacing(path: Path) -> Iterator[Binary]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Make a folder under another name; it takes the place of `path`, as `publish` says, when the block ends without an error.
+
+    Raises:
+        ConfigurationError: If the folder cannot be made; the one above it must be there.
+    """
+    path = path.resolve()  # "." has no name to put another one beside
+    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        staged.mkdir()
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be written: {error.strerror or error}; choose another place.") from error
+    try:
+        yield staged
+        publish(staged, path)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Make a written folder durable and give it its name; a folder of that name gives way.
+
+    The earlier folder is moved aside before, and deleted after: at every moment one whole folder lies under `final` or under the
+    name from which `recover` brings it back.
+
+    Args:
+        staged: The written folder, on the same file system.
+        final: The name it gets.
+    """
+    for path in [*staged.rglob("*"), staged]:
+        _sync(path)
+    recover(final)
+    try:
+        if final.exists():
+            final.rename(_aside(final))
+        staged.rename(final)
+        _sync(final.parent)
+    finally:
+        recover(final)
+
+
+def recover(final: Path) -> None:
+    """Bring back the folder that a killed `publish` had moved aside, or delete it if its successor is there."""
+    aside = _aside(final)
+    if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    elif aside.exists():
+        aside.rename(final)
+
+
+def recover_all(folder: Path) -> None:
+    """Bring back every folder in this one that a killed `publish` had moved aside."""
+    for aside in folder.glob(f"{_ASIDE}*"):
+        recover(folder / aside.name.removeprefix(_ASIDE))
+
+
+def _aside(final: Path) -> Path:
+    return final.with_name(f"{_ASIDE}{final.name}")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_npy(file: Binary, rows: VectorRows) -> None:

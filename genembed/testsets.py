@@ -5,13 +5,19 @@ from __future__ import annotations
 import gzip
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from genembed.errors import DataError, GenembedWarning
+
+SUFFIXES = (".jsonl", ".jsonl.gz")
+"""Of the files that `json_lines` reads."""
+
+TEST = "test"
+"""The split that is read where none is named."""
 
 _SHOWN = 3
 """Examples named in a message."""
@@ -35,6 +41,32 @@ class RetrievalSet:
         for identifier, text in self.documents.items():
             digest.update(json.dumps([identifier, text]).encode())
         return digest.hexdigest()
+
+
+def retrieval_files(folder: Path, *, split: str = TEST, judged: bool = True) -> tuple[Path, Path, Path | None]:
+    """Find corpus, queries and judgements in a folder, as `read_retrieval_set` takes them.
+
+    Judgements are `qrels/SPLIT.tsv`, `qrels_SPLIT.tsv` or, of the test split, `qrels.tsv`.
+
+    Args:
+        folder: In BEIR's layout.
+        split: Split of the judgements.
+        judged: Whether judgements are needed; otherwise None stands for those that are not there.
+
+    Raises:
+        DataError: If a file is missing.
+    """
+    corpus, queries = (_first(folder, [f"{name}{suffix}" for suffix in SUFFIXES]) for name in ("corpus", "queries"))
+    names = [f"qrels/{split}.tsv", f"qrels_{split}.tsv", *(["qrels.tsv"] if split == TEST else [])]
+    there = judged or any((folder / name).is_file() for name in names)
+    return corpus, queries, _first(folder, names) if there else None
+
+
+def _first(folder: Path, names: Sequence[str]) -> Path:
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(f"{folder}: {' or '.join(names)} is missing; a retrieval set has corpus, queries and judgements of the split.")
 
 
 def read_retrieval_set(corpus: Path, queries: Path, qrels: Path | None = None) -> RetrievalSet:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from genembed import ConfigurationError, ConvergeStop, Embedder, FixedSteps, ModelSettings, Pooling, cli
+from genembed import ConfigurationError, ConvergeStop, Embedder, FixedSteps, GenembedWarning, ModelSettings, Pooling, cli
 from genembed.analyse.documents import Corpus, halted_documents
 from genembed.analyse.findings import grid
 from genembed.analyse.intervals import Bootstrap, estimate, interpolated
@@ -80,6 +80,13 @@ def test_the_sums_are_those_of_the_engine(embedder_of: Callable[..., Embedder]) 
         np.testing.assert_allclose(stability_of(states), expected.stability, atol=1e-5)
         assert states.steps == 5
         assert bool(np.abs(states.totals[:, 0]).sum()) == bool(states.prompt_weight)
+
+
+def test_texts_that_lose_their_end_are_counted_in_a_warning(embedder_of: Callable[..., Embedder]) -> None:
+    embedder = embedder_of("bert")
+    texts = ["short", "long " * 1_000]
+    with pytest.warns(GenembedWarning, match=r"1 of 2 texts were longer than \d+ tokens \(the longest has \d+\) and lost their end"):
+        record(embedder, texts, instruction=None, steps=2)
 
 
 def test_a_model_that_pools_its_newest_state_alone_is_refused(embedder_of: Callable[..., Embedder]) -> None:
@@ -374,7 +381,7 @@ def test_a_report_gives_way_to_a_later_one_and_nothing_else_does(
     [
         ((), "--corpus and --queries are needed, or --local"),
         (("--local", "{local}", "--qrels", "x.tsv"), "both say what to read"),
-        (("--local", "{local}/nothing"), "there is no corpus.jsonl or corpus.jsonl.gz"),
+        (("--local", "{local}/nothing"), "corpus.jsonl or corpus.jsonl.gz is missing"),
         (("--local", "{local}", "--repeats", "-1"), "repeats=-1"),
         (("--local", "{local}", "--max-steps", "1"), "there is nothing to halt"),
         (("--corpus", "{local}/corpus.jsonl", "--queries", "{local}/qrels.tsv"), "not JSON"),

@@ -56,6 +56,14 @@ def test_texts_beyond_one_window_keep_their_place_and_their_row_in_errors(embedd
         embedder.encode([*TEXTS[:4], ""], steps=2)
 
 
+def test_a_rule_knows_each_text_by_its_place_in_the_callers_list(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against places that begin again at every window of a long list."""
+
+    planned = [1 + place % 3 for place in range(len(TEXTS))]
+    monkeypatch.setattr("genembed.embedder._WINDOW", 2)
+    assert embedder.refine(TEXTS, halt=doubles.Schedule(tuple(planned))).steps.tolist() == planned
+
+
 def test_a_string_gives_one_vector_and_a_list_gives_rows(embedder: Embedder) -> None:
     assert embedder.encode("x", steps=1).shape == (doubles.HIDDEN,)
     np.testing.assert_array_equal(embedder.encode(["x"], steps=1)[0], embedder.encode("x", steps=1))

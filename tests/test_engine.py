@@ -85,7 +85,8 @@ def test_a_batch_that_does_not_fit_is_split_and_the_results_are_the_same(monkeyp
 
 def test_memory_that_runs_out_after_some_rows_were_finished_loses_and_repeats_none(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(doubles.backbone("qwen2"), Budget(length_ratio=50.0, max_rows=4))
-    expected = run(engine, first_row=40)
+    later = doubles.Schedule((1,) * 40 + SCHEDULE.steps)
+    expected = run(engine, later, first_row=40)
     append, calls = PackedRows.append, iter(range(1000))
 
     def once(self: PackedRows, embeddings: torch.Tensor) -> None:
@@ -94,7 +95,7 @@ def test_memory_that_runs_out_after_some_rows_were_finished_loses_and_repeats_no
         append(self, embeddings)
 
     monkeypatch.setattr(PackedRows, "append", once)
-    assert_same(run(engine, first_row=40), expected)
+    assert_same(run(engine, later, first_row=40), expected)
     assert next(calls) > 4
 
 

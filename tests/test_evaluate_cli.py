@@ -84,6 +84,43 @@ def test_aspects_end_in_their_harmonic_mean(run: Run, model: Path, tmp_path: Pat
     assert json.loads(out)["harmonic_mean"] == pytest.approx(2 * first * second / (first + second))
 
 
+def test_a_language_model_expands_the_texts_of_a_model_of_a_peer_and_of_aspects(
+    run: Run, model: Path, folder_of: Callable[[str], Path], pairs: Path, tmp_path: Path
+) -> None:
+    expand = ["--expand-with", folder_of("qwen2"), "--expand-tokens", 2, "-o", tmp_path / "runs", "--json"]
+
+    def scored(*arguments: object) -> tuple[Any, dict[str, Any]]:
+        code, out, err = run("evaluate", *arguments, *expand)
+        assert code == 0, err
+        found = json.loads(out)
+        return found, json.loads((Path(found["results"]) / "work.jsonl").read_text()) if "results" in found else {}
+
+    told = ["--local", pairs, "--instruction", "Say it.", "--steps", 1]
+    first, work = scored(model, *told)
+    assert (work["texts"], work["generated_texts"], work["reused_texts"]) == (8, 8, 0)
+    assert 8 <= work["generated_tokens"] <= 16
+    [file] = (tmp_path / "runs" / "expansions").iterdir()
+    assert len(file.read_text().splitlines()) == 8
+    assert scored(model, *told)[0]["scores"][0]["stored"]
+    # The language model is told the same; beside --bare the embedder is told nothing.
+    bare, work = scored(model, *told, "--bare")
+    assert (work["generated_texts"], work["reused_texts"], bare["results"] == first["results"]) == (0, 8, False)
+    rows = {"corpus": ["a wing", "a plane"], "queries": ["wing"]}
+    (tmp_path / "set").mkdir()
+    for name, texts in rows.items():
+        lines = [json.dumps({"_id": f"{name}{number}", "text": text}) + "\n" for number, text in enumerate(texts)]
+        (tmp_path / "set" / f"{name}.jsonl").write_text("".join(lines))
+    (tmp_path / "set" / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nqueries0\tcorpus0\t1\n")
+    peer, work = scored("--peer", "bm25", "--local", tmp_path / "set", "--instruction", "Say it.")
+    assert ("genembed__bm25" in peer["results"], work["generated_texts"], work["reused_texts"]) == (True, 1, 2)
+    (tmp_path / "tweets.jsonl").write_text(
+        "".join(json.dumps({"text": f"text {n}", "label": "ab"[n % 2], "stance": "xyz"[n % 3]}) + "\n" for n in range(12))
+    )
+    aspects = ["--aspect", "label=Say the topic.", "--aspect", "stance=Say the stance.", "--steps", 1]
+    assert 0 <= scored(model, "--local", tmp_path / "tweets.jsonl", *aspects)[0]["harmonic_mean"] <= 1
+    assert len(file.read_text().splitlines()) == 9 + 2 * 12
+
+
 MISTAKES: list[tuple[str, list[str]]] = [
     ("MODEL", ["there is nothing to evaluate; give --benchmark, --task or --local"]),
     ("--local PAIRS", ["one model is evaluated: give MODEL"]),
@@ -103,6 +140,13 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("--peer bm25 --steps 3 --local PAIRS", ["--peer bm25: brings its own prompts and does not refine"]),
     ("--peer bm25 --local PAIRS", ["pairs: BM25 has no vectors"]),
     ("--peer word2vec --local PAIRS", ["--peer word2vec: choose one of"]),
+    ("MODEL --local PAIRS --bare --expand-tokens 9", ["--expand-tokens 9 has no effect without --expand-with"]),
+    ("MODEL --local PAIRS --bare --expand-with LM --expand-tokens 0", ["--expand-tokens 0: at least one token is needed"]),
+    ("MODEL --local PAIRS --bare --expand-with LM", ["pairs: the paper's tables have no instruction for this task", "--expand-with needs"]),
+    ("MODEL --local PAIRS --bare --expand-with absent", ["--expand-with 'absent' is neither a folder, nor a hub id"]),
+    ("MODEL --local PAIRS --bare --expand-with MODEL", ["is an encoder (bert), which cannot write"]),
+    ("--peer bm25 --steps 3 --local PAIRS --expand-with LM", ["--peer bm25: brings its own prompts and does not refine"]),
+    ("--compare a b --expand-with LM", ["--compare reads two runs that are there"]),
     ("MODEL --compare a b", ["--compare reads two runs that are there"]),
     ("--compare a b", ["a: holds no scores of single items"]),
 ]
@@ -110,10 +154,18 @@ MISTAKES: list[tuple[str, list[str]]] = [
 
 @pytest.mark.parametrize(("line", "fragments"), MISTAKES, ids=[line for line, _ in MISTAKES])
 def test_a_mistake_ends_in_one_line_and_exit_code_2(
-    run: Run, model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, fragments: Sequence[str]
+    run: Run,
+    model: Path,
+    folder_of: Callable[[str], Path],
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    fragments: Sequence[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = run("evaluate", *line.replace("MODEL", str(model)).replace("PAIRS", str(pairs)).split())
+    files = {"MODEL": model, "PAIRS": pairs, "LM": folder_of("qwen2")}
+    code, out, err = run("evaluate", *(files.get(word, word) for word in line.split()))
     assert (code, out) == (2, "")
     assert err.count("\n") == 1, err
     assert [fragment for fragment in fragments if fragment not in err] == [], err

@@ -1,13 +1,17 @@
-"""Reading texts and writing vectors: each format, and each thing that can be wrong with a file."""
+"""Reading texts and writing vectors: each format, each thing that can be wrong with a file, and folders that are whole or absent."""
 
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +19,7 @@ import pytest
 from pyarrow import parquet
 
 from genembed import ConfigurationError, InputError, MissingExtraError
-from genembed.files import Record, VectorRows, read_texts, vector_file
+from genembed.files import _ASIDE, Record, VectorRows, publish, read_texts, recover, recover_all, replacing_folder, vector_file
 
 ODD = ["", "  ", "a\0b", "two, three", 'a "quoted" word', "zwei\u2028Zeilen\x85", "caf\u00e9 \U0001f600"]
 """Texts that a careless reader would split, drop or mangle."""
@@ -232,3 +236,88 @@ def test_without_pyarrow_the_message_has_the_command_that_installs_it(tmp_path: 
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'genembed\[cli\]'"):
         texts_of(written(tmp_path, "t.parquet", b""))
+
+
+def written_folder(folder: Path, text: str) -> Path:
+    folder.mkdir()
+    (folder / "file").write_text(text)
+    return folder
+
+
+def test_a_published_folder_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    for text in ("first", "second"):
+        publish(written_folder(tmp_path / "staged", text), final)
+        assert (final / "file").read_text() == text
+        assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_a_whole_folder_is_there_at_every_moment_of_publishing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final, seen = written_folder(tmp_path / "final", "first"), []
+    rename, remove = Path.rename, shutil.rmtree
+
+    def look() -> None:
+        places = [place for place in (final, tmp_path / f"{_ASIDE}final") if place.exists()]
+        seen.append([(place / "file").read_text() for place in places])
+
+    def watched_rename(path: Path, target: Path) -> Path:
+        look()
+        return rename(path, target)
+
+    def watched_remove(path: Path, **options: Any) -> None:
+        look()
+        remove(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", watched_rename)
+        patch.setattr(shutil, "rmtree", watched_remove)
+        publish(written_folder(tmp_path / "staged", "second"), final)
+    assert seen == [["first"], ["first"], ["first"], ["second", "first"]]
+
+
+def test_a_folder_that_was_never_published_is_not_recovered(tmp_path: Path) -> None:
+    recover(tmp_path / "final")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_folder_that_was_moved_aside_is_recovered(tmp_path: Path) -> None:
+    for name in (f"{_ASIDE}checkpoint-5", f"{_ASIDE}best", "best", "other"):
+        written_folder(tmp_path / name, name)
+    recover_all(tmp_path)
+    assert {path.name: (path / "file").read_text() for path in tmp_path.iterdir()} == {
+        "checkpoint-5": f"{_ASIDE}checkpoint-5",
+        "best": "best",
+        "other": "other",
+    }
+    recover_all(tmp_path / "nowhere")
+
+
+def test_a_folder_that_cannot_get_its_name_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    staged, final, rename = written_folder(tmp_path / "staged", "second"), written_folder(tmp_path / "final", "first"), Path.rename
+
+    def refused(path: Path, target: Path) -> Path:
+        if path == staged:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(OSError, match="Input/output error"):
+        publish(staged, final)
+    assert {path.name: (path / "file").read_text() for path in tmp_path.iterdir()} == {"staged": "second", "final": "first"}
+
+
+def test_a_folder_is_replaced_when_the_work_is_done_and_stays_when_it_fails(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    for text, fails in (("first", False), ("second", True), ("third", False)):
+        with suppress(KeyboardInterrupt), replacing_folder(final) as staged:
+            (staged / "file").write_text(text)
+            assert not final.exists() or (final / "file").read_text() == "first"
+            if fails:
+                raise KeyboardInterrupt
+        assert (final / "file").read_text() == ("first" if fails else text)
+        assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be written: No such file or directory"), replacing_folder(tmp_path / "a" / "b"):
+        pytest.fail("the work was begun")

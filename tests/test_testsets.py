@@ -10,7 +10,7 @@ import pytest
 
 from genembed import GenembedWarning
 from genembed.errors import DataError
-from genembed.testsets import read_retrieval_set
+from genembed.testsets import read_retrieval_set, retrieval_files
 
 HEADER = "query-id\tcorpus-id\tscore\n"
 
@@ -114,3 +114,23 @@ def test_the_reference_sets_are_read_whole(shared: Path) -> None:
     folder = shared / "data" / "retrieval" / "fiqa_mini"
     data = read_retrieval_set(folder / "corpus.jsonl", folder / "queries.jsonl", folder / "qrels.tsv")
     assert (len(data.documents), len(data.queries)) == (648, 648)
+
+
+def test_the_files_of_a_folder_are_found_by_their_split(files: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    assert retrieval_files(tmp_path) == files
+    train = written(tmp_path / "qrels_train.tsv")
+    assert retrieval_files(tmp_path, split="train") == (*files[:2], train)
+    (tmp_path / "qrels").mkdir()
+    test = written(tmp_path / "qrels" / "test.tsv")
+    assert retrieval_files(tmp_path) == (*files[:2], test)
+    packed = files[0].rename(tmp_path / "corpus.jsonl.gz")
+    assert retrieval_files(tmp_path) == (packed, files[1], test)
+
+
+def test_files_of_a_folder_that_are_missing_are_named(files: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"qrels/dev\.tsv or qrels_dev\.tsv is missing"):
+        retrieval_files(tmp_path, split="dev")
+    assert retrieval_files(tmp_path, split="dev", judged=False) == (*files[:2], None)
+    files[1].unlink()
+    with pytest.raises(DataError, match=r"queries\.jsonl or queries\.jsonl\.gz is missing"):
+        retrieval_files(tmp_path, judged=False)

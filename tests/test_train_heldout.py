@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,6 @@ from genembed.tokens import PromptTokenizer, TokenIds
 from genembed.train import heldout
 from genembed.train.callbacks import KeepBest, OwnIntervals, ProgressBar
 from genembed.train.collate import PairCollator
-from genembed.train.durable import publish, recover, recover_all
 from genembed.train.heldout import HeldOut
 from genembed.train.model import TrainableEmbedder, build
 from genembed.train.objective import Objective
@@ -165,7 +163,7 @@ def test_a_run_that_is_killed_while_it_keeps_the_best_still_has_one(
     keeper(model, tmp_path).on_train_begin(None, SimpleNamespace(is_world_process_zero=True), None)
     assert f'"step": {1 if moment == "moved aside" else 2}' in (tmp_path / "best" / "score.json").read_text()
     assert (tmp_path / "best" / "adapter_model.safetensors").is_file()
-    assert not (tmp_path / ".old-best").exists()
+    assert not (tmp_path / ".genembed-old-best").exists()
 
 
 def test_the_best_weights_stay_when_the_disk_is_full(model: TrainableEmbedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,60 +177,6 @@ def test_the_best_weights_stay_when_the_disk_is_full(model: TrainableEmbedder, t
         evaluated(keeper(model, tmp_path), 1.0, 2.0)
     assert '"step": 1' in (tmp_path / "best" / "score.json").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
-
-
-def written(folder: Path, text: str) -> Path:
-    folder.mkdir()
-    (folder / "file").write_text(text)
-    return folder
-
-
-def test_a_published_folder_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
-    final = tmp_path / "final"
-    for text in ("first", "second"):
-        publish(written(tmp_path / "staged", text), final)
-        assert (final / "file").read_text() == text
-        assert [path.name for path in tmp_path.iterdir()] == ["final"]
-
-
-def test_a_whole_folder_is_there_at_every_moment_of_publishing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    final, seen = written(tmp_path / "final", "first"), []
-    rename, remove = Path.rename, shutil.rmtree
-
-    def look() -> None:
-        places = [place for place in (final, tmp_path / ".old-final") if place.exists()]
-        seen.append([(place / "file").read_text() for place in places])
-
-    def watched_rename(path: Path, target: Path) -> Path:
-        look()
-        return rename(path, target)
-
-    def watched_remove(path: Path, **options: Any) -> None:
-        look()
-        remove(path, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", watched_rename)
-        patch.setattr(shutil, "rmtree", watched_remove)
-        publish(written(tmp_path / "staged", "second"), final)
-    assert seen == [["first"], ["first"], ["first"], ["second", "first"]]
-
-
-def test_a_folder_that_was_never_published_is_not_recovered(tmp_path: Path) -> None:
-    recover(tmp_path / "final")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_every_folder_that_was_moved_aside_is_recovered(tmp_path: Path) -> None:
-    for name in (".old-checkpoint-5", ".old-best", "best", "other"):
-        written(tmp_path / name, name)
-    recover_all(tmp_path)
-    assert {path.name: (path / "file").read_text() for path in tmp_path.iterdir()} == {
-        "checkpoint-5": ".old-checkpoint-5",
-        "best": "best",
-        "other": "other",
-    }
-    recover_all(tmp_path / "nowhere")
 
 
 # What is shown

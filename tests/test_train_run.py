@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import errno
+import gc
 import json
 import os
 import random
 import re
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +27,7 @@ import doubles
 import genembed
 from genembed import ConfigurationError, FixedSteps, Pooling
 from genembed.errors import NonFiniteError, TrainingError
+from genembed.train import pairs as pairs_of_files
 from genembed.train import run as running
 from genembed.train.batches import BatchStream
 from genembed.train.model import build
@@ -81,6 +85,27 @@ def parts(folder: Path) -> list[tuple[float, ...]]:
     """Return the parts of the loss of every log line."""
     names = ("step_losses_first", "step_losses_last", "regulariser")
     return [tuple(float(row[name]) for name in names) for row in history(folder) if row.get("loss")]
+
+
+def test_a_run_that_is_done_has_closed_its_files(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader left open is finalised when the interpreter ends, with errors of modules that are gone by then."""
+    states, read_rows = Counter[str](), pairs_of_files.read_rows
+
+    def watched(*arguments: Any) -> Iterator[Any]:
+        states["opened"] += 1
+        try:
+            yield from read_rows(*arguments)
+        finally:
+            states["closed"] += 1
+
+    monkeypatch.setattr(pairs_of_files, "read_rows", watched)
+    monkeypatch.setattr(running, "BatchStream", partial(BatchStream, shuffle_buffer=4))  # not at the end of the file when training is
+    gc.disable()  # the collector might close what nobody else does
+    try:
+        train(replace(recipe, updates=2, save_every=2), tmp_path / "run")
+    finally:
+        gc.enable()
+    assert states["opened"] == states["closed"] > 0
 
 
 def test_a_run_learns_and_leaves_a_folder_that_load_reads(recipe: Recipe, tmp_path: Path) -> None:
@@ -159,7 +184,7 @@ def test_a_checkpoint_that_a_killed_run_had_moved_aside_is_gone_on_from(
 ) -> None:
     """Guards against a run that starts over: its newest checkpoint had another name at the moment of the kill."""
     train(replace(recipe, keep=1), tmp_path / "run")
-    (tmp_path / "run" / "checkpoint-6").rename(tmp_path / "run" / ".old-checkpoint-6")
+    (tmp_path / "run" / "checkpoint-6").rename(tmp_path / "run" / ".genembed-old-checkpoint-6")
     compute, numbers = StepwiseTrainer.compute_loss, []
 
     def watched(self: StepwiseTrainer, model: Any, inputs: Any, *arguments: Any, **options: Any) -> torch.Tensor:

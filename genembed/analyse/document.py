@@ -7,10 +7,7 @@ import html
 import io
 import json
 import math
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,34 +141,14 @@ class Document:
         return {"title": self.title, "settings": dict(self.settings), "sections": sections}
 
 
-@contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """Make a folder under another name; it takes the place of `path` when the block ends without an error.
-
-    An earlier report gives way; any other folder with something in it, or a file, is refused before anything is done.
+def check_target(folder: Path) -> None:
+    """Refuse a place where a report would destroy something; an earlier report gives way.
 
     Raises:
-        ConfigurationError: If the folder cannot be made, or is something else.
+        ConfigurationError: If there is a file, or a folder with something else in it.
     """
-    path = path.absolute()
-    if path.exists() and not (path.is_dir() and ((path / NUMBERS).is_file() or not any(path.iterdir()))):
-        raise ConfigurationError(f"{path}: is there and is no report; choose a new folder.")
-    staged, aside = (path.with_name(f".{path.name}.{os.getpid()}.{state}") for state in ("tmp", "old"))
-    try:
-        staged.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be written: {error.strerror or error}; choose another place.") from error
-    try:
-        yield staged
-        if path.exists():
-            path.rename(aside)
-        staged.rename(path)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        if aside.exists():
-            aside.rename(path)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists() and not (folder.is_dir() and ((folder / NUMBERS).is_file() or not any(folder.iterdir()))):
+        raise ConfigurationError(f"{folder}: is there and is no report; choose a new folder.")
 
 
 def _shown(value: Cell, column: Column) -> str:

@@ -61,6 +61,21 @@ class Row:
     """On how many splits a rule that can halt was chosen; None for fixed steps."""
     to_budget: Estimate | None
     """Quality less that of the fixed K of the same cost; None for fixed steps."""
+    needed: int | None
+    """Test queries that would tell such a difference of `EFFECT` from none; None for fixed steps."""
+
+
+@dataclass(frozen=True)
+class PatienceRow:
+    """One M of the patience table."""
+
+    equal: str
+    """What is the same for every M: the threshold, or mean k*."""
+    patience: int
+    """M."""
+    result: Result
+    to_first: Estimate | None
+    """Quality less that of M = 1; None for M = 1 itself."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +121,7 @@ class Findings:
     """Its quality less that of the curve through the paper's K."""
     curve: list[Estimate]
     """Quality at K = 1, 2, ... on the test queries."""
-    patience: list[tuple[str, int, Result]]
-    """What is equal, M, and the result."""
+    patience: list[PatienceRow]
     splits: list[SplitRow]
     depths: Float[np.ndarray, "steps"]
     """Share of test queries that halt at k* = 1 .. K, mean over splits."""
@@ -194,8 +208,9 @@ def _main(comparison: Comparison, *, seed: int) -> tuple[list[Row], Arm]:
 
 def _row(comparison: Comparison, arm: Arm) -> Row:
     if not arm.rules:
-        return Row(comparison.measure(arm), None, None)
-    return Row(comparison.measure(arm), arm.chosen, comparison.difference(arm, comparison.budget(arm)))
+        return Row(comparison.measure(arm), None, None, None)
+    budget = comparison.budget(arm)
+    return Row(comparison.measure(arm), arm.chosen, comparison.difference(arm, budget), comparison.queries_needed(arm, budget))
 
 
 def _half(comparison: Comparison) -> Arm:
@@ -205,18 +220,25 @@ def _half(comparison: Comparison) -> Arm:
     return comparison.halted("ConvergeStop M = 2 at half of the steps", [rule] * len(comparison.splits))
 
 
-def _patience(comparison: Comparison, arm: Arm) -> Iterator[tuple[str, int, Result]]:
-    kept = comparison.kept
-    for m in PATIENCES:
-        same = [replace(rule, patience=m) if isinstance(rule, ConvergeStop) else rule for rule in arm.rules]
-        yield "threshold", m, comparison.measure(comparison.halted(f"M = {m}", same))
-    for m in PATIENCES:
-        matched = []
-        for own, test in zip(arm.steps, comparison.splits.test, strict=True):
-            rule = converge_stop(m, kept.steps).matched(kept.select(np.flatnonzero(test)), float(own[test].mean()))
-            assert isinstance(rule, ConvergeStop)
-            matched.append(rule)
-        yield "mean k*", m, comparison.measure(comparison.halted(f"M = {m}", matched))
+def _patience(comparison: Comparison, arm: Arm) -> Iterator[PatienceRow]:
+    for equal, rules_of in (("threshold", _same_threshold), ("mean k*", _same_mean)):
+        arms = [comparison.halted(f"M = {m}", rules_of(comparison, arm, m)) for m in PATIENCES]
+        for m, own in zip(PATIENCES, arms, strict=True):
+            yield PatienceRow(equal, m, comparison.measure(own), None if m == 1 else comparison.difference(own, arms[0]))
+
+
+def _same_threshold(_: Comparison, arm: Arm, m: int) -> list[ConvergeStop | FixedSteps]:
+    return [replace(rule, patience=m) if isinstance(rule, ConvergeStop) else rule for rule in arm.rules]
+
+
+def _same_mean(comparison: Comparison, arm: Arm, m: int) -> list[ConvergeStop | FixedSteps]:
+    """Match the threshold to the mean k* of each split's test queries."""
+    matched: list[ConvergeStop | FixedSteps] = []
+    for own, test in zip(arm.steps, comparison.splits.test, strict=True):
+        rule = converge_stop(m, comparison.kept.steps).matched(comparison.kept.select(np.flatnonzero(test)), float(own[test].mean()))
+        assert isinstance(rule, ConvergeStop)
+        matched.append(rule)
+    return matched
 
 
 def _splits(comparison: Comparison, arm: Arm) -> Iterator[SplitRow]:

@@ -38,7 +38,13 @@ class Bootstrap:
 
     @classmethod
     def of(cls, queries: int, *, seed: int, draws: int = DRAWS) -> Bootstrap:
-        """Draw the resamples: n queries out of n, with replacement."""
+        """Draw the resamples: n queries out of n, with replacement.
+
+        Args:
+            queries: n.
+            seed: Of the draws.
+            draws: Number of resamples; the queries as they are stand before them.
+        """
         drawn = np.random.default_rng(seed).multinomial(queries, np.full(queries, 1 / queries), size=draws)
         return cls(np.vstack([np.ones((1, queries)), drawn]))
 

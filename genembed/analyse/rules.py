@@ -123,9 +123,12 @@ class Oracle:
 
 Rule = ConvergeStop | FixedSteps | ReplayedRule
 
+_NUMBERS = ("threshold", "patience", "angle", "scale", "steps")
+"""Fields of rules that are chosen, not given."""
+
 
 def steps_under(kept: Kept, rule: Rule) -> Int[np.ndarray, "queries"]:
-    """Return k* of each query."""
+    """Return k* of each query, 1 .. K; K where the rule never halts it."""
     if isinstance(rule, ConvergeStop | FixedSteps):
         return halting_steps(kept.development.stability, rule)
     finished = rule(kept)
@@ -134,7 +137,12 @@ def steps_under(kept: Kept, rule: Rule) -> Int[np.ndarray, "queries"]:
 
 
 def cannot_change(gap: Float[np.ndarray, "queries steps"], bound: Float[np.ndarray, "queries steps"]) -> Bool[np.ndarray, "queries steps"]:
-    """Whether a vector that moves by at most `bound` keeps the same documents on the near side of the gap."""
+    """Whether a vector that moves by at most `bound` keeps the same documents on the near side of the gap.
+
+    Args:
+        gap: Score of the last document on the near side less that of the first beyond.
+        bound: Distance of unit vectors.
+    """
     return np.asarray(gap > 2 * bound)
 
 
@@ -214,3 +222,8 @@ def _in_a_row(holds: Bool[np.ndarray, "queries steps"], count: int) -> Bool[np.n
         result[:, back:] &= holds[:, :-back] if back else holds
         result[:, :back] = False
     return result
+
+
+def numbers_of(rule: Rule) -> str:
+    """Return what was chosen of a rule, as `threshold=0.998, patience=2`: for tables that have its name elsewhere."""
+    return ", ".join(f"{name}={value:.9g}" for name, value in vars(rule).items() if name in _NUMBERS)

@@ -25,6 +25,11 @@ GRID = (1, 3, 5, 10, 15, 20)
 FEWEST = 10
 """Queries without which there is nothing to split."""
 
+EFFECT = 0.002
+"""The smaller of the leads over fixed K that the paper reports (table 1), in nDCG@10."""
+_POWER = 1.96 + 0.84
+"""Standard errors that an effect must be worth to be found in 80 % of experiments, at 5 % two-sided."""
+
 _EPSILON = 0.005
 """Loss of nDCG@10 that the percentile rule, and the K that development chooses, accept."""
 _BOUNDS: dict[Loss, float] = {"ndcg": 0.02, "jaccard": 0.05}
@@ -116,6 +121,12 @@ class Comparison:
     def difference(self, arm: Arm, other: Arm) -> Estimate:
         """Return the quality of an arm less that of another, paired by query."""
         return estimate(self._means(self.kept.at(arm.steps) - self.kept.at(other.steps)).mean(axis=1))
+
+    def queries_needed(self, arm: Arm, other: Arm) -> int:
+        """Return how many test queries tell a lead of `EFFECT` from none, from the spread of the paired differences over queries."""
+        differences = self.kept.at(arm.steps) - self.kept.at(other.steps)
+        spread = np.mean([own[test].std() for own, test in zip(differences, self.splits.test, strict=True)])
+        return math.ceil((_POWER * float(spread) / EFFECT) ** 2)
 
     def to_curve(self, arm: Arm, points: range | tuple[int, ...]) -> Estimate:
         """Return the quality of an arm less that of the curve through fixed K at its mean k*, split by split."""

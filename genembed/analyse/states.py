@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm import tqdm
 
 from genembed.embedder import Embedder
 from genembed.errors import ConfigurationError
@@ -70,12 +69,8 @@ def record(model: Embedder, texts: Sequence[str], *, instruction: str | None, st
         )
     weight = pooling.prompt_weight if pooling.kind == "mean" else float(pooling.pool_prompt_state)
     listener = _Listener(len(texts), steps, model.get_embedding_dimension())
-    stability = np.zeros((len(texts), steps - 1), dtype=np.float32)
-    with tqdm(total=len(texts), unit="text", delay=1, disable=not show_progress_bar, leave=False) as bar:
-        for done in model.engine.run(model.tokenizer(list(texts), instruction).ids, listener):
-            stability[done.index] = done.stability
-            bar.update(len(done.index))
-    return States(listener.totals, weight, stability)
+    refined = model.refine(texts, instruction=instruction, halt=listener, show_progress_bar=show_progress_bar)
+    return States(listener.totals, weight, refined.stability)
 
 
 class _Listener:

@@ -119,6 +119,16 @@ def queries_needed(
     Queries are drawn from the given ones with replacement; the number is the smallest of 50, 71, 100, 141, ... that certifies in a
     share `power` of the draws.
 
+    Args:
+        losses: Of the queries, in the range `within`.
+        epsilon: The bound, in (0, 1).
+        delta: Chance that the bound does not hold.
+        within: Range of the losses.
+        power: Share of the draws that must certify, in (0, 1].
+        most: Queries beyond which none are tried.
+        draws: Samples of each size.
+        seed: Of the draws.
+
     Returns:
         The number; None if no number up to `most` would do, as where the mean loss is not below epsilon.
     """

@@ -159,7 +159,7 @@ def by_certificate(
     chains = {m: [_rule(development, threshold, m, min_steps) for threshold in thresholds] for m in patiences}
     kept: list[Candidate] = []
     shown: list[Candidate] = []
-    hints: list[int] = []
+    hints: list[int | None] = []
     for patience, rules in chains.items():
         losses = np.stack([losses_of(development, rule, loss) for rule in rules], axis=1)
         count = certified(losses, epsilon=epsilon, delta=share, within=within, seed=seed)
@@ -167,10 +167,11 @@ def by_certificate(
         chain = _distinct([replace(one, decision=one.decision or _refusal(losses[:, i], epsilon)) for i, one in enumerate(chain)])
         shown += chain
         kept += [one for one in chain if one.decision == "certified"]
-        hints += _hint(development, losses, rules, epsilon=epsilon, delta=share, within=within)
+        hints.append(_hint(development, losses, rules, epsilon=epsilon, delta=share, within=within))
     saving = [one for one in kept if one.mean_steps < development.max_steps]
     if not saving:
-        needed = max(min(hints), len(development) + 1) if hints else None
+        known = [hint for hint in hints if hint is not None]
+        needed = max(min(known), len(development) + 1) if known else None
         return Choice(
             rule=FixedSteps(development.max_steps),
             candidates=tuple(shown),
@@ -256,13 +257,12 @@ def _hint(
     epsilon: float,
     delta: float,
     within: LossRange,
-) -> list[int]:
-    """Return how many queries would certify the safest rule that saves something."""
+) -> int | None:
+    """Return how many queries would certify the safest rule that saves something; None if no number would, or no rule saves."""
     for place, rule in enumerate(rules):
         if halting_steps(development.stability, rule).mean() < development.max_steps:
-            needed = queries_needed(losses[:, place], epsilon=epsilon, delta=delta, within=within)
-            return [] if needed is None else [needed]
-    return []
+            return queries_needed(losses[:, place], epsilon=epsilon, delta=delta, within=within)
+    return None
 
 
 def _shortage(queries: int, needed: int | None, epsilon: float, delta: float, loss: Loss) -> str:

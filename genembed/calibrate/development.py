@@ -107,7 +107,7 @@ def nearest(
 def scored(
     trajectory: Float[np.ndarray, "queries steps hidden"], documents: Float[np.ndarray, "documents hidden"], *, depth: int
 ) -> tuple[Float[np.ndarray, "queries steps depth"], Int[np.ndarray, "queries steps depth"]]:
-    """Search every z_k exactly; scores and places of the `depth` nearest documents, nearest first."""
+    """Search every z_k exactly; scores, which are cosines of unit vectors, and places of the `depth` nearest documents, nearest first."""
     vectors = torch.from_numpy(np.ascontiguousarray(trajectory)).flatten(0, 1)
     targets = torch.from_numpy(np.ascontiguousarray(documents)).T
     size = max(1, _SCORES // len(documents))
@@ -117,7 +117,15 @@ def scored(
 
 
 def ndcg_at_10(top: Int[np.ndarray, "queries steps depth"], data: RetrievalSet) -> Float[np.ndarray, "queries steps"]:
-    """Return nDCG@10 of every query at every step, in [0, 1]."""
+    """Return nDCG@10 of every query at every step, in [0, 1].
+
+    Args:
+        top: Places of the documents found, nearest first.
+        data: With judgements.
+
+    Raises:
+        MissingExtraError: If pytrec_eval is not installed.
+    """
     try:
         import pytrec_eval
     except ModuleNotFoundError:

@@ -2,22 +2,64 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from genembed.cli.options import Json, LoadOptions, command
-from genembed.cli.output import print_json
+from genembed.cli.output import print_json, print_table
 from genembed.errors import ConfigurationError
 
-_WIDTH = 100
-"""Of the table where no terminal says how wide it is."""
-
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from genembed.calibrate.choose import Choice
     from genembed.calibrate.development import Development
+
+_EPSILON = {"ndcg": 0.02, "jaccard": 0.05, "percentile": 0.005}
+"""Loss that is accepted where none is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleOptions:
+    """How the rule is chosen."""
+
+    rule: Annotated[
+        Literal["certified", "percentile"], typer.Option(help="Certify a bound on the loss, or choose a percentile as the paper does.")
+    ] = "certified"
+    loss: Annotated[
+        Literal["ndcg", "jaccard"] | None, typer.Option(help="Loss that is certified; ndcg with judgements, jaccard without.")
+    ] = None
+    epsilon: Annotated[
+        float | None, typer.Option(help="Loss that is accepted, 0.02 for two points; 0.02 (ndcg), 0.05 (jaccard), 0.005 (percentile).")
+    ] = None
+    delta: Annotated[float, typer.Option(help="Chance that a certified bound does not hold.")] = 0.1
+    patience: Annotated[list[int] | None, typer.Option(help="Stable steps in a row, M; several share delta. 2 if not given.")] = None
+    min_steps: Annotated[int, typer.Option(help="No text halts before this step.")] = 1
+    seed: Annotated[int, typer.Option(help="Of the order in which queries are read.")] = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what has no effect."""
+        if self.rule == "percentile" and (len(self.patience or ()) > 1 or self.loss is not None):
+            raise ConfigurationError("--rule percentile has one --patience and no --loss; leave the others out.")
+
+    def method(self, *, judged: bool, max_steps: int) -> dict[str, Any]:
+        """Return what the record says of the method: the options, with the values of those that were not given.
+
+        Args:
+            judged: Whether there are judgements.
+            max_steps: Steps of the full refinement.
+        """
+        shared = {"rule": self.rule, "patiences": list(self.patience or (2,)), "min_steps": self.min_steps, "max_steps": max_steps}
+        if self.rule == "percentile":
+            return {**shared, "epsilon": self._accepted("percentile")}
+        loss = self.loss or ("ndcg" if judged else "jaccard")
+        return {**shared, "loss": loss, "epsilon": self._accepted(loss), "delta": self.delta, "seed": self.seed}
+
+    def _accepted(self, name: str) -> float:
+        return _EPSILON[name] if self.epsilon is None else self.epsilon
 
 
 @command
@@ -30,22 +72,10 @@ def calibrate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File for rule and certificate; into the model's own folder if not given.")
     ] = None,
-    rule: Annotated[
-        Literal["certified", "percentile"], typer.Option(help="Certify a bound on the loss, or choose a percentile as the paper does.")
-    ] = "certified",
-    loss: Annotated[
-        Literal["ndcg", "jaccard"] | None, typer.Option(help="Loss that is certified; ndcg with judgements, jaccard without.")
-    ] = None,
-    epsilon: Annotated[
-        float | None, typer.Option(help="Loss that is accepted, 0.02 for two points; 0.02 (ndcg), 0.05 (jaccard), 0.005 (percentile).")
-    ] = None,
-    delta: Annotated[float, typer.Option(help="Chance that a certified bound does not hold.")] = 0.1,
-    patience: Annotated[list[int] | None, typer.Option(help="Stable steps in a row, M; several share delta. 2 if not given.")] = None,
-    min_steps: Annotated[int, typer.Option(help="No text halts before this step.")] = 1,
     max_steps: Annotated[int | None, typer.Option(help="Steps of the full refinement; those of the model's rule if not given.")] = None,
     instruction: Annotated[str | None, typer.Option(help="Instruction of the queries; the model's own one if not given.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the order in which queries are read.")] = 0,
     as_json: Json = False,
+    choosing: RuleOptions,
     loading: LoadOptions,
 ) -> None:
     """Choose the halting rule on development queries, and say how sure that is."""
@@ -53,36 +83,24 @@ def calibrate(
     from genembed.calibrate.development import develop
     from genembed.testsets import read_retrieval_set
 
-    patiences = tuple(patience or (2,))
-    if rule == "percentile" and (len(patiences) > 1 or loss is not None):
-        raise ConfigurationError("--rule percentile has one --patience and no --loss; leave the others out.")
     data = read_retrieval_set(corpus, queries, qrels)
-    if loss == "ndcg" and data.relevant is None:
+    if choosing.loss == "ndcg" and data.relevant is None:
         raise ConfigurationError("--loss ndcg needs judgements: give --qrels, or use --loss jaccard.")
     embedder = loading.load(model)
-    folder = certificate.settings_folder(embedder.source) if output is None else None
+    target = output or certificate.settings_folder(embedder.source)  # asked for before the work: it may be refused
     development = develop(embedder, data, instruction=instruction, max_steps=max_steps, show_progress_bar=True)
-    method: dict[str, Any] = {"rule": rule, "patiences": list(patiences), "min_steps": min_steps, "max_steps": development.max_steps}
-    if rule == "certified":
-        chosen_loss = loss or ("jaccard" if data.relevant is None else "ndcg")
-        bound = (0.05 if chosen_loss == "jaccard" else 0.02) if epsilon is None else epsilon
-        method |= {"loss": chosen_loss, "epsilon": bound, "delta": delta, "seed": seed}
-    else:
-        method |= {"epsilon": 0.005 if epsilon is None else epsilon}
+    method = choosing.method(judged=data.relevant is not None, max_steps=development.max_steps)
     choice = _choice(development, method)
     value = certificate.record(choice, embedder, data, instruction=instruction, method=method)
-    if output is not None:
-        certificate.write_record(output, value)
-    elif folder is not None:
-        certificate.write_into_model(folder, value)
-    written = str(output if output is not None else folder)
+    (certificate.write_into_model if output is None else certificate.write_record)(target, value)
     if as_json:
-        print_json({"written": written, **value})
+        print_json({"written": str(target), **value})
     else:
-        _show(choice, development, written)
+        _show(choice, development)
+        typer.echo(f"written: {target}")
 
 
-def _choice(development: Development, method: dict[str, Any]) -> Choice:
+def _choice(development: Development, method: Mapping[str, Any]) -> Choice:
     from genembed.calibrate.choose import by_certificate, by_percentile
 
     if method["rule"] == "percentile":
@@ -98,23 +116,13 @@ def _choice(development: Development, method: dict[str, Any]) -> Choice:
     )
 
 
-def _show(choice: Choice, development: Development, written: str) -> None:
+def _show(choice: Choice, development: Development) -> None:
     """Print the candidates as one table, then what was decided."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        box=box.SIMPLE_HEAD, padding=(0, 1), title=f"{len(development)} queries, K = {development.max_steps}", title_justify="left"
-    )
-    for heading in ("1 - tau", "from", "mean k*", "nDCG@10", "Jaccard@10", "fixed K", "its nDCG", "decision"):
-        table.add_column(heading, justify="left" if heading in ("from", "decision") else "right", no_wrap=True)
     full = None if development.ndcg is None else float(development.ndcg[:, -1].mean())
-    table.add_row(
-        "", "no halting", f"{development.max_steps:.2f}", _percent(full), "100.00", str(development.max_steps), _percent(full), ""
-    )
-    for one in choice.candidates:
-        table.add_row(
+    steps = development.max_steps
+    rows = [("", "no halting", f"{steps:.2f}", _percent(full), "100.00", str(steps), _percent(full), "")]
+    rows += [
+        (
             f"{1 - one.rule.threshold:.2g}",
             one.source,
             f"{one.mean_steps:.2f}",
@@ -124,9 +132,11 @@ def _show(choice: Choice, development: Development, written: str) -> None:
             _percent(one.budget_quality),
             one.decision,
         )
-    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _WIDTH).print(table)
+        for one in choice.candidates
+    ]
+    headings = ("1 - tau", "from", "mean k*", "nDCG@10", "Jaccard@10", "fixed K", "its nDCG", "decision")
+    print_table(headings, rows, left=("from", "decision"), title=f"{len(development)} queries, K = {steps}")
     typer.echo(f"{choice.rule}: {choice.reason}")
-    typer.echo(f"written: {written}")
 
 
 def _percent(value: float | None) -> str:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from genembed.cli.options import Json, LoadOptions, RefineOptions, command
-from genembed.cli.output import print_json
+from genembed.cli.output import print_json, print_table
 from genembed.errors import ConfigurationError, DataError
-
-_WIDTH = 100
-"""Of a table where no terminal says how wide it is."""
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from genembed.evaluate.expansion import Expander
     from genembed.evaluate.run import Score
     from genembed.evaluate.significance import Difference
 
@@ -79,6 +77,36 @@ class TaskOptions:
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpandOptions:
+    """Which language model expands the texts first."""
+
+    expand_with: Annotated[
+        str | None,
+        typer.Option(metavar="LM", help="Two stages: this causal language model (folder or hub id) first adds to each text what may help."),
+    ] = None
+    expand_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Most tokens that --expand-with adds to a text; 256, as in the paper, if not given.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Refuse what has no effect."""
+        if self.expand_tokens is not None and self.expand_with is None:
+            raise ConfigurationError(
+                f"--expand-tokens {self.expand_tokens} has no effect without --expand-with, the model that writes them."
+            )
+
+    def expander(self, loading: LoadOptions, output: Path) -> Expander | None:
+        """Return the language model, which is loaded when it is first needed; None if none is wanted."""
+        if self.expand_with is None:
+            return None
+        from genembed.evaluate.expansion import Expander
+        from genembed.evaluate.writer import DEFAULT_TOKENS
+
+        budget = DEFAULT_TOKENS if self.expand_tokens is None else self.expand_tokens
+        return Expander(self.expand_with, output, budget=budget, device=loading.device, offline=loading.offline)
+
+
 @command
 def evaluate(
     model: Annotated[str | None, typer.Argument(help="Built-in model (mini), model folder, or hub id.")] = None,
@@ -95,6 +123,7 @@ def evaluate(
     ] = None,
     as_json: Json = False,
     choosing: TaskOptions,
+    expanding: ExpandOptions,
     loading: LoadOptions,
     refining: RefineOptions,
 ) -> None:
@@ -104,7 +133,7 @@ def evaluate(
     if output.exists() and not output.is_dir():
         raise ConfigurationError(f"-o {output}: is a file; results are kept in a folder.")
     if compare is not None:
-        if model is not None or peer is not None or choosing != TaskOptions():
+        if model is not None or peer is not None or choosing != TaskOptions() or expanding != ExpandOptions():
             raise ConfigurationError("--compare reads two runs that are there; leave the model and the tasks out.")
         _compare(*compare, as_json=as_json)
     elif (model is None) == (peer is None):
@@ -112,12 +141,14 @@ def evaluate(
     elif choosing.aspect:
         if model is None or bare or refining.instruction is not None:
             raise ConfigurationError("--aspect brings its own instructions and needs MODEL; leave --peer, --bare and --instruction out.")
-        _evaluate_aspects(model, choosing, loading, refining, output, as_json=as_json)
+        _evaluate_aspects(model, choosing, loading, refining, expanding.expander(loading, output), output, as_json=as_json)
     else:
         # The tasks first: a wrong name or file is told before a model of gigabytes is loaded.
         tasks = choosing.tasks()
+        expander = expanding.expander(loading, output)
+        told, refining = _told(refining, expander, apart=bare or model is None)
         chosen = _peer(str(peer), loading, refining, bare=bare) if model is None else _encoder(model, loading, refining, bare=bare)
-        _evaluate(chosen, tasks, output, as_json=as_json)
+        _evaluate(chosen if expander is None else _expanded(chosen, expander, told), tasks, output, as_json=as_json)
 
 
 def _evaluate(model: Any, tasks: Sequence[Any], output: Path, *, as_json: bool) -> None:
@@ -130,6 +161,19 @@ def _evaluate(model: Any, tasks: Sequence[Any], output: Path, *, as_json: bool) 
     else:
         _show(scores, {f"mean, {name}": mean for name, mean in means.items()} if len(scores) > 1 else {})
         typer.echo(f"results: {results}")
+
+
+def _told(refining: RefineOptions, expander: Expander | None, *, apart: bool) -> tuple[str | None, RefineOptions]:
+    """Return the instruction of the language model, and the options without it where it alone is told: beside --bare and --peer."""
+    told = None if expander is None else refining.instruction
+    return told, replace(refining, instruction=None) if told is not None and apart else refining
+
+
+def _expanded(model: Any, expander: Expander, told: str | None) -> Any:
+    from genembed.evaluate.instructions import Instructions
+    from genembed.evaluate.two_stage import expanded
+
+    return expanded(model, expander, Instructions(text=told))
 
 
 def _encoder(model: str, loading: LoadOptions, refining: RefineOptions, *, bare: bool) -> Any:
@@ -151,7 +195,14 @@ def _peer(name: str, loading: LoadOptions, refining: RefineOptions, *, bare: boo
 
 
 def _evaluate_aspects(
-    model: str, choosing: TaskOptions, loading: LoadOptions, refining: RefineOptions, output: Path, *, as_json: bool
+    model: str,
+    choosing: TaskOptions,
+    loading: LoadOptions,
+    refining: RefineOptions,
+    expander: Expander | None,
+    output: Path,
+    *,
+    as_json: bool,
 ) -> None:
     from genembed.evaluate.aspects import evaluate_aspects
     from genembed.evaluate.local import parse_aspects
@@ -160,7 +211,9 @@ def _evaluate_aspects(
     embedder = loading.load(model)
     rule = refining.rule(embedder.settings)
     assert choosing.local is not None
-    done = evaluate_aspects(embedder, choosing.local[0], aspects, output, halt=rule, truncate=refining.truncate, show=_tell)
+    done = evaluate_aspects(
+        embedder, choosing.local[0], aspects, output, halt=rule, truncate=refining.truncate, expander=expander, show=_tell
+    )
     if as_json:
         print_json({"scores": [asdict(score) for score in done.scores], "harmonic_mean": done.harmonic_mean})
     else:
@@ -197,7 +250,7 @@ def _show(scores: Sequence[Score], summary: dict[str, float]) -> None:
         for score in scores
     ]
     rows += [(name, "", "", f"{100 * value:.2f}", "", "", "") for name, value in summary.items()]
-    _print_table(("task", "type", "score", "%", "mean k*", "texts", "s"), rows, left=3)
+    print_table(("task", "type", "score", "%", "mean k*", "texts", "s"), rows, left=("task", "type", "score"))
 
 
 def _show_differences(found: Sequence[Difference]) -> None:
@@ -214,17 +267,4 @@ def _show_differences(found: Sequence[Difference]) -> None:
         )
         for each in found
     ]
-    _print_table(("task", "score", "items", "A, %", "B, %", "B - A", "95 %, paired", "differ"), rows, left=2)
-
-
-def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place < left else "right", no_wrap=place >= left, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _WIDTH).print(table)
+    print_table(("task", "score", "items", "A, %", "B, %", "B - A", "95 %, paired", "differ"), rows, left=("task", "score"))

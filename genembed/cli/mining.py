@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from genembed.cli.options import Json, LoadOptions, Model, command
+from genembed.cli.options import ExcludeOptions, Json, LoadOptions, Model, command
 from genembed.cli.output import print_json
-from genembed.cli.training import ExcludeOptions
 from genembed.errors import ConfigurationError
 
 if TYPE_CHECKING:

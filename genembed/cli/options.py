@@ -7,12 +7,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from functools import wraps
-from typing import Annotated, Any, Literal, get_type_hints
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
 import genembed
+from genembed.cli.output import with_bar
 from genembed.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from genembed.train.overlap import TextFilter
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Built-in model (mini), model folder, or hub id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -112,6 +118,35 @@ class FileOptions:
     ] = None
     text_column: Annotated[str | None, typer.Option(help="Column of the text; 'text' if not given.")] = None
     id_column: Annotated[str | None, typer.Option(help="Column of the id; the number of the row, from 0, if not given.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExcludeOptions:
+    """Texts that must not be trained on."""
+
+    exclude: Annotated[
+        list[Path] | None, typer.Option("--exclude", metavar="FILE", help="Texts of test sets, which are kept out of the training.")
+    ] = None
+    file_format: Annotated[
+        str | None, typer.Option("--format", help="Of the --exclude files: txt, jsonl, csv or parquet, where their names do not tell.")
+    ] = None
+    text_column: Annotated[str | None, typer.Option(help="Column of the text in the --exclude files; 'text' if not given.")] = None
+
+    def __post_init__(self) -> None:
+        """Refuse options about files that are not there."""
+        for option, value in (("--format", self.file_format), ("--text-column", self.text_column)):
+            if value is not None and not self.exclude:
+                raise ConfigurationError(f"{option} {value}: says how --exclude files are read, and there are none.")
+
+    def read(self) -> TextFilter | None:
+        """Return the filter that knows these texts."""
+        from genembed.files import read_texts
+        from genembed.train.overlap import TextFilter
+
+        if not self.exclude:
+            return None
+        records = chain.from_iterable(read_texts(path, file_format=self.file_format, text_column=self.text_column) for path in self.exclude)
+        return TextFilter.from_texts(record.text for record in with_bar(records, "reading") if record.text.strip())
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:

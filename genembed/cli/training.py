@@ -9,18 +9,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from genembed.cli.options import Json, command
-from genembed.cli.output import print_result, with_bar
-from genembed.errors import ConfigurationError, missing_extra
+from genembed.cli.options import ExcludeOptions, Json, command
+from genembed.cli.output import print_result
+from genembed.errors import missing_extra
 
 if TYPE_CHECKING:
-    from genembed.train.overlap import TextFilter
     from genembed.train.recipe import Recipe
 
 _MERGED = "merged"
@@ -54,35 +52,6 @@ class RecipeOptions:
 
         model = [] if self.model is None else [f"model={json.dumps(self.model)}"]
         return overridden(chosen_recipe(recipe, [data_file(path) for path in self.data or ()]), [*model, *(self.assignments or ())])
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExcludeOptions:
-    """Texts that must not be trained on."""
-
-    exclude: Annotated[
-        list[Path] | None, typer.Option("--exclude", metavar="FILE", help="Texts of test sets, which are kept out of the training.")
-    ] = None
-    file_format: Annotated[
-        str | None, typer.Option("--format", help="Of the --exclude files: txt, jsonl, csv or parquet, where their names do not tell.")
-    ] = None
-    text_column: Annotated[str | None, typer.Option(help="Column of the text in the --exclude files; 'text' if not given.")] = None
-
-    def __post_init__(self) -> None:
-        """Refuse options about files that are not there."""
-        for option, value in (("--format", self.file_format), ("--text-column", self.text_column)):
-            if value is not None and not self.exclude:
-                raise ConfigurationError(f"{option} {value}: says how --exclude files are read, and there are none.")
-
-    def read(self) -> TextFilter | None:
-        """Return the filter that knows these texts."""
-        from genembed.files import read_texts
-        from genembed.train.overlap import TextFilter
-
-        if not self.exclude:
-            return None
-        records = chain.from_iterable(read_texts(path, file_format=self.file_format, text_column=self.text_column) for path in self.exclude)
-        return TextFilter.from_texts(record.text for record in with_bar(records, "reading") if record.text.strip())
 
 
 @command

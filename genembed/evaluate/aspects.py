@@ -11,10 +11,12 @@ from typing import Literal
 from genembed.embedder import Embedder
 from genembed.errors import DataError
 from genembed.evaluate.encoder import Encoder
+from genembed.evaluate.expansion import Expander
 from genembed.evaluate.instructions import Instructions
 from genembed.evaluate.local import read_set
 from genembed.evaluate.run import Score, evaluate
 from genembed.evaluate.tasks import local_task
+from genembed.evaluate.two_stage import expanded
 from genembed.halting import ConvergeStop, FixedSteps
 
 
@@ -39,6 +41,7 @@ def evaluate_aspects(
     *,
     halt: FixedSteps | ConvergeStop | None = None,
     truncate: Literal["right", "error"] = "right",
+    expander: Expander | None = None,
     show: Callable[[str], None] = lambda _: None,
 ) -> AspectScores:
     """Cluster the texts of a file once for each aspect.
@@ -50,6 +53,7 @@ def evaluate_aspects(
         folder: Where results are kept, as for `evaluate`.
         halt: When a text is finished; the model's own rule if None.
         truncate: Cut texts that are too long from the right, or refuse them.
+        expander: The language model that expands each text under each aspect's instruction; none if None.
         show: Called with the name of each task before it is run.
 
     Raises:
@@ -58,6 +62,8 @@ def evaluate_aspects(
     if path.is_dir():
         raise DataError(f"{path}: is a folder; aspects are label columns of one .jsonl file of texts.")
     tasks = [local_task(read_set(path, kind="clustering", aspect=column)) for column in aspects]
-    encoders = [Encoder(embedder, halt=halt, instructions=Instructions(text=text), truncate=truncate) for text in aspects.values()]
-    scores = [evaluate(encoder, [task], folder, show=show)[0] for encoder, task in zip(encoders, tasks, strict=True)]
+    told = [Instructions(text=text) for text in aspects.values()]
+    encoders = [Encoder(embedder, halt=halt, instructions=instructions, truncate=truncate) for instructions in told]
+    models = encoders if expander is None else [expanded(encoder, expander, own) for encoder, own in zip(encoders, told, strict=True)]
+    scores = [evaluate(model, [task], folder, show=show)[0] for model, task in zip(models, tasks, strict=True)]
     return AspectScores(scores=scores)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from genembed.errors import ConfigurationError, DataError
-from genembed.testsets import RetrievalSet, json_lines, read_retrieval_set
+from genembed.testsets import SUFFIXES, TEST, RetrievalSet, json_lines, read_retrieval_set, retrieval_files
 
 Kind = Literal["retrieval", "sts", "pairs", "classification", "clustering"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -23,8 +23,7 @@ _COLUMNS: dict[Kind, tuple[str, ...]] = {
     "clustering": ("text", "label"),
 }
 """Columns of each kind of file, in the order in which kinds are recognised."""
-_SUFFIXES = (".jsonl", ".jsonl.gz")
-_TEST, _TRAIN = "test", "train"
+_TRAIN = "train"
 
 Columns = dict[str, list[Any]]
 
@@ -57,7 +56,7 @@ def find_sets(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise DataError(f"{path}: no such file or folder.")
-    found = [each for each in sorted(path.iterdir()) if _is_retrieval(each) or (each.is_file() and each.name.endswith(_SUFFIXES))]
+    found = [each for each in sorted(path.iterdir()) if _is_retrieval(each) or (each.is_file() and each.name.endswith(SUFFIXES))]
     if not found:
         raise DataError(
             f"{path}: holds no evaluation set; a set is a folder with corpus.jsonl, queries.jsonl and qrels, or a .jsonl[.gz] file of rows."
@@ -80,7 +79,7 @@ def read_set(path: Path, *, kind: Kind | None = None, split: str | None = None, 
     if path.is_dir():
         if kind not in (None, "retrieval") or aspect is not None:
             raise DataError(f"{path}: is a folder, so it is read as a retrieval set, not as {kind or 'clustering'}; name a .jsonl file.")
-        return _retrieval(path, split or _TEST)
+        return _retrieval(path, split or TEST)
     if kind == "retrieval":
         raise DataError(f"{path}: is a file; a retrieval set is a folder with corpus.jsonl, queries.jsonl and qrels.")
     rows = list(json_lines(path))
@@ -91,26 +90,17 @@ def read_set(path: Path, *, kind: Kind | None = None, split: str | None = None, 
 
 
 def _name(path: Path) -> str:
-    return next((path.name.removesuffix(suffix) for suffix in reversed(_SUFFIXES) if path.name.endswith(suffix)), path.name)
+    return next((path.name.removesuffix(suffix) for suffix in reversed(SUFFIXES) if path.name.endswith(suffix)), path.name)
 
 
 def _is_retrieval(path: Path) -> bool:
-    return path.is_dir() and any((path / f"corpus{suffix}").is_file() for suffix in _SUFFIXES)
+    return path.is_dir() and any((path / f"corpus{suffix}").is_file() for suffix in SUFFIXES)
 
 
 def _retrieval(folder: Path, split: str) -> LocalSet:
-    corpus, queries = (_either(folder, [f"{name}{suffix}" for suffix in _SUFFIXES]) for name in ("corpus", "queries"))
-    names = [f"qrels/{split}.tsv", f"qrels_{split}.tsv", *(["qrels.tsv"] if split == _TEST else [])]
-    data = read_retrieval_set(corpus, queries, _either(folder, names))
+    data = read_retrieval_set(*retrieval_files(folder, split=split))
     content = {"documents": data.fingerprint, "queries": data.queries, "relevant": data.relevant}
     return LocalSet(folder.resolve().name, "retrieval", split, {}, {}, data, _hash(content))
-
-
-def _either(folder: Path, names: Sequence[str]) -> Path:
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise DataError(f"{folder}: {' or '.join(names)} is missing; a retrieval set has corpus, queries and judgements of the split.")
 
 
 def _recognise(path: Path, columns: Iterable[str], rows: Sequence[tuple[int, dict[str, Any]]]) -> Kind:
@@ -134,7 +124,7 @@ def _tabular(path: Path, rows: Sequence[tuple[int, dict[str, Any]]], kind: Kind,
     checked = [_checked(path, line, row, [*needed, target], kind) for line, row in rows]
     splits = [row.get("split") for _, row in rows]
     everything = split is None and (kind == "clustering" or set(splits) == {None})
-    wanted = "all" if everything else split or _TEST
+    wanted = "all" if everything else split or TEST
     columns = partial(_columns, names=[*needed, target], target=target, kind=kind)
     chosen = columns([row for row, own in zip(checked, splits, strict=True) if everything or own == wanted])
     if not chosen[needed[0]]:

@@ -24,9 +24,10 @@ from genembed.errors import ConfigurationError, DataError
 from genembed.evaluate.encoder import Encoder
 from genembed.evaluate.items import items_of, write_items
 from genembed.evaluate.peers import BM25
+from genembed.evaluate.two_stage import ExpandedEncoder, ExpandedSearch
 
 WORK_FILE = "work.jsonl"
-"""Beside mteb's results: texts, steps, tokens and seconds of each task that was run."""
+"""Beside mteb's results: texts, steps, tokens and seconds of each task that was run, and what expanding the texts took."""
 
 _THIRD_PARTIES = r"(mteb|sklearn|datasets|multiprocess|torch|bm25s)(\.|$)"
 
@@ -58,7 +59,7 @@ def evaluate(model: Any, tasks: Iterable[AbsTask], folder: Path, *, show: Callab
     result of the same model, settings and data is taken as it is; when the data has changed the task is run again.
 
     Args:
-        model: An `Encoder`, or any model that mteb can evaluate.
+        model: An `Encoder`, or any model that mteb can evaluate, or one of them `expanded`.
         tasks: mteb's tasks, or those of `local_task`.
         folder: Where results are kept.
         show: Called with the name of each task before it is run.
@@ -92,7 +93,11 @@ def means(scores: Iterable[Score]) -> dict[str, float]:
 
 
 def _check(model: Any, task: AbsTask) -> None:
+    if isinstance(model, (ExpandedEncoder, ExpandedSearch)):
+        _check(model.model, task)
     for part in _parts(task):
+        if isinstance(model, (ExpandedEncoder, ExpandedSearch)):
+            model.expansions.instruction(part.metadata.name, None)
         if isinstance(model, Encoder):
             model.instructions.of(part.metadata.name)
         if isinstance(model, BM25) and not isinstance(part, AbsTaskRetrieval):
@@ -103,13 +108,14 @@ def _check(model: Any, task: AbsTask) -> None:
 
 def _scored(model: Any, task: AbsTask, cache: mteb.ResultCache, show: Callable[[str], None]) -> Score:
     folder = place(model, cache.cache_path)
-    stored = _stored(model, task, cache)
-    if stored is not None:
-        return _score(task, stored, _read_work(folder).get(task.metadata.name, {}), stored=True)
+    found = cache.load_task_result(task.metadata.name, model.mteb_model_meta)
+    changed = found is not None and _is_of_other_data(found, task)
+    if found is not None and not changed and not found.get_missing_evaluations(task):
+        return _score(task, found, _read_work(folder).get(task.metadata.name, {}), stored=True)
     show(task.metadata.name)
     with _quiet():
         with _data_of(task), tempfile.TemporaryDirectory() as predictions:
-            result, seconds, work = _run(model, task, cache, Path(predictions))
+            result, seconds, work = _run(model, task, cache, Path(predictions), changed=changed)
             items = items_of(task, Path(predictions))
         if items is not None:
             write_items(folder, items)
@@ -119,22 +125,16 @@ def _scored(model: Any, task: AbsTask, cache: mteb.ResultCache, show: Callable[[
     return _score(task, result, counts, stored=False)
 
 
-def _stored(model: Any, task: AbsTask, cache: mteb.ResultCache) -> TaskResult | None:
-    """Return the result that is there, if it is complete and of the same data; mteb itself does not look at the data."""
-    found = cache.load_task_result(task.metadata.name, model.mteb_model_meta)
-    return None if found is None or _is_of_other_data(found, task) or found.get_missing_evaluations(task) else found
-
-
 def _is_of_other_data(found: TaskResult, task: AbsTask) -> bool:
+    """Whether a result is of data that has changed since; mteb itself does not look at the data."""
     return not isinstance(task, AbsTaskAggregate) and found.dataset_revision != task.metadata.revision
 
 
-def _run(model: Any, task: AbsTask, cache: mteb.ResultCache, predictions: Path) -> tuple[TaskResult, float, dict[str, int]]:
-    if isinstance(model, Encoder):
-        model.take_work()
+def _run(
+    model: Any, task: AbsTask, cache: mteb.ResultCache, predictions: Path, *, changed: bool
+) -> tuple[TaskResult, float, dict[str, int | float]]:
+    _take_work(model)
     start = time.perf_counter()
-    found = cache.load_task_result(task.metadata.name, model.mteb_model_meta)
-    changed = found is not None and _is_of_other_data(found, task)
     done = mteb.evaluate(
         model,
         task,
@@ -144,12 +144,24 @@ def _run(model: Any, task: AbsTask, cache: mteb.ResultCache, predictions: Path) 
         co2_tracker=False,
         show_progress_bar=False,
         # Our engine makes batches of its own, and a long list gives it more to choose from.
-        encode_kwargs={"batch_size": 512 if isinstance(model, Encoder) else 32, "show_progress_bar": False},
+        encode_kwargs={"batch_size": 512 if isinstance(_reader(model), Encoder) else 32, "show_progress_bar": False},
     )
-    work = asdict(model.take_work()) if isinstance(model, Encoder) else {}
+    seconds, work = time.perf_counter() - start, _take_work(model)
     # As it was written, so that a score reads the same when it is found later.
     kept = cache.load_task_result(task.metadata.name, model.mteb_model_meta)
-    return done.task_results[0] if kept is None else kept, time.perf_counter() - start, work
+    return done.task_results[0] if kept is None else kept, seconds, work
+
+
+def _reader(model: Any) -> Any:
+    """Return what reads the texts, expanded or not."""
+    return model.model if isinstance(model, (ExpandedEncoder, ExpandedSearch)) else model
+
+
+def _take_work(model: Any) -> dict[str, int | float]:
+    """Return the counts of a model that counts, since they were last taken."""
+    if isinstance(model, (ExpandedEncoder, ExpandedSearch)):
+        return {**_take_work(model.model), **asdict(model.expansions.expander.take_work())}
+    return asdict(model.take_work()) if isinstance(model, Encoder) else {}
 
 
 def _score(task: AbsTask, result: TaskResult, work: dict[str, Any], *, stored: bool) -> Score:

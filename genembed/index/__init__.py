@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ from jaxtyping import Float
 
 from genembed.embedder import Embedder, Refinement
 from genembed.errors import CheckpointError, ConfigurationError, TextError, missing_extra
-from genembed.files import replacing
+from genembed.files import replacing, replacing_folder
 from genembed.halting import HaltingRule
 from genembed.index.passages import Passage, docstring_passage, read_passages
 from genembed.settings import ModelSettings
@@ -127,7 +125,8 @@ class Index:
         """
         settings = embedder.settings
         instruction = settings.document_instruction if instruction is None else instruction
-        with _new_folder(Path(folder), overwrite=overwrite) as temporary:
+        check_target(Path(folder), overwrite=overwrite)
+        with replacing_folder(Path(folder)) as temporary:
             begin = time.perf_counter()
             texts = [passage.text for passage in passages]
             with _naming(passages):
@@ -290,31 +289,6 @@ def _read_description(folder: Path) -> Description:
 
 def _damaged(folder: Path, reason: object) -> CheckpointError:
     return CheckpointError(f"{folder}: the index is damaged; build it again with --overwrite. ({reason})")
-
-
-@contextmanager
-def _new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give a temporary folder beside `folder` that takes its place when the block ends without an error."""
-    folder = folder.resolve()  # "." has no name to put a temporary one beside
-    check_target(folder, overwrite=overwrite)
-    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    try:
-        temporary.mkdir()
-    except OSError as error:
-        raise ConfigurationError(f"{folder}: cannot be written: {error.strerror or error}; choose another place.") from error
-    try:
-        yield temporary
-        if folder.exists():
-            folder.rename(old)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_target(folder: Path, *, overwrite: bool) -> None:

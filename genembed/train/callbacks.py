@@ -11,7 +11,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from genembed.train.durable import publish, recover, writing
+from genembed.files import publish, recover
+from genembed.train.durable import writing
 from genembed.train.model import TrainableEmbedder
 from genembed.train.recipe import Recipe
 

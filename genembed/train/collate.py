@@ -179,6 +179,7 @@ class BatchLoader:
     def __init__(self, batches: Batches, collator: PairCollator, *, first: int, count: int, process: int, processes: int) -> None:
         self.batches, self.collator = batches, collator
         self.first, self.count, self.process, self.processes = first, count, process, processes
+        self._reading: Generator[list[Pair]] | None = None
 
     def __len__(self) -> int:
         """Number of batches in the run, those done included, as trainers count."""
@@ -187,7 +188,12 @@ class BatchLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield what is left of the run."""
         # Closed, or an endless stream would keep its files open.
-        with closing(iter(self.batches)) as batches:
-            for number, pairs in enumerate(islice(batches, self.count)):
+        with closing(iter(self.batches)) as self._reading:
+            for number, pairs in enumerate(islice(self._reading, self.count)):
                 if number >= self.first:
                     yield {"batch": self.collator(number, pairs, slice(self.process, None, self.processes))}
+
+    def close(self) -> None:
+        """End the newest reading and close its files; a trainer that is done keeps its iterator, and the files with it."""
+        if self._reading is not None:
+            self._reading.close()

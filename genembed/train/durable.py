@@ -18,50 +18,6 @@ _ROOM = 1 << 20
 """Fewer free bytes than this count as a full disk: PyTorch's own error does not say why a file ended early."""
 
 
-_ASIDE = ".old-"
-"""Begins the name of a folder that another one is about to replace."""
-
-
-def publish(staged: Path, final: Path) -> None:
-    """Make a written folder durable and give it its name; a folder of that name gives way.
-
-    The earlier folder is moved aside before, and deleted after: at every moment one whole folder lies under `final` or under the
-    name from which `recover` brings it back.
-
-    Args:
-        staged: The written folder, on the same file system.
-        final: The name it gets.
-    """
-    for path in [*staged.rglob("*"), staged]:
-        _sync(path)
-    recover(final)
-    aside = _aside(final)
-    if final.exists():
-        final.rename(aside)
-    staged.rename(final)
-    _sync(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def recover(final: Path) -> None:
-    """Bring back the folder that a killed `publish` had moved aside, or delete it if its successor is there."""
-    aside = _aside(final)
-    if final.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-    elif aside.exists():
-        aside.rename(final)
-
-
-def recover_all(folder: Path) -> None:
-    """Bring back every folder in this one that a killed `publish` had moved aside."""
-    for aside in folder.glob(f"{_ASIDE}*"):
-        recover(folder / aside.name.removeprefix(_ASIDE))
-
-
-def _aside(final: Path) -> Path:
-    return final.with_name(f"{_ASIDE}{final.name}")
-
-
 def replace_text(path: Path, text: str) -> None:
     """Write a text file in one step."""
     replace_parts(path, [text])
@@ -109,11 +65,3 @@ def _is_full(error: BaseException, path: Path) -> bool:
         return True
     place = next(folder for folder in (path, *path.parents) if folder.exists())
     return shutil.disk_usage(place).free < _ROOM
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

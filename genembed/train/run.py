@@ -16,12 +16,13 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from genembed.errors import ConfigurationError
+from genembed.files import recover_all
 from genembed.settings import ModelSettings
 from genembed.tokens import PromptTokenizer, TokenIds
 from genembed.train.batches import BatchStream, held_out_pairs
 from genembed.train.callbacks import BEST, History, KeepBest, OwnIntervals, ProgressBar
 from genembed.train.collate import BatchLoader, PairCollator
-from genembed.train.durable import recover_all, replace_text, writing
+from genembed.train.durable import replace_text, writing
 from genembed.train.head import fit_head
 from genembed.train.heldout import HeldOut
 from genembed.train.model import TrainableEmbedder, build
@@ -75,6 +76,7 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     finally:
         bar.close()
+        data.close()
         data.report()
     if recipe.evaluation is not None and recipe.evaluation.patience:
         model.restore(output / BEST)
@@ -120,6 +122,8 @@ class _Data:
     strict: bool
     bad: BadRows = field(default_factory=BadRows)
     crowded_out: Counter[str] = field(default_factory=Counter)
+    loaders: list[BatchLoader] = field(default_factory=list)
+    """Those that were asked for."""
 
     def loader(self, done: int, process: int, processes: int) -> BatchLoader:
         """Return the batches of one process after the updates that are done."""
@@ -127,7 +131,14 @@ class _Data:
         size = recipe.queries * processes
         stream = _stream(recipe, self.exclude, size, strict=self.strict, bad=self.bad, crowded_out=self.crowded_out)
         first, count = done * recipe.accumulation, recipe.updates * recipe.accumulation
-        return BatchLoader(stream, self.collator, first=first, count=count, process=process, processes=processes)
+        loader = BatchLoader(stream, self.collator, first=first, count=count, process=process, processes=processes)
+        self.loaders.append(loader)
+        return loader
+
+    def close(self) -> None:
+        """Close the files."""
+        for loader in self.loaders:
+            loader.close()
 
     def report(self) -> None:
         """Say what was not used."""

@@ -16,8 +16,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from genembed.errors import ConfigurationError, NonFiniteError
+from genembed.files import publish
 from genembed.train.collate import BatchLoader, TrainingBatch
-from genembed.train.durable import publish, writing
+from genembed.train.durable import writing
 from genembed.train.gather import from_first_process, gather_across_processes
 from genembed.train.gradcache import cached_loss
 from genembed.train.heldout import HeldOut

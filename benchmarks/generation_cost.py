@@ -1,0 +1,128 @@
+"""What K = 20 costs beside one pass, by length of the prompt: operations counted and seconds measured. Claim G6 of docs/reproduction.md.
+
+    python benchmarks/generation_cost.py [--models mini qwen] [--repeats 3] [--threads 2] [--again]
+
+The paper counts operations: 1.0 to 1.1 of one pass with a cache, where prompts are long. Seconds also pay for reading all weights
+once a step. Both ways go through the engine, texts of one length at a time, in turns; the ratio is of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from halting_verdicts import LIMIT
+from results_file import RESULTS, is_kept, machine
+from throughput import STEPS, engine_loop, load_mini, load_qwen, one_pass
+from tqdm import tqdm
+from transformers import MistralConfig, PreTrainedConfig, Qwen2Config
+
+from genembed import FixedSteps
+from genembed.backbone import Backbone
+from genembed.cost import Cost, Shape
+from genembed.engine import Engine
+from genembed.tokens import TokenIds
+from genembed.train.durable import replace_text
+
+FOLDER = RESULTS / "generation_cost"
+LOADERS = {"mini": load_mini, "qwen": load_qwen}
+LENGTHS = {"mini": (16, 32, 64, 128, 256, 480), "qwen": (16, 32, 64, 128, 256, 512, 1024, 2048)}
+"""Prompt tokens; `mini` has 512 positions, the generated ones among them."""
+POSITIONS = 2_048
+"""Prompt tokens of a run: fewer texts where they are longer."""
+PAPER = {
+    "Qwen2.5-0.5B": Qwen2Config(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+        vocab_size=151_936, tie_word_embeddings=True,
+    ),
+    "Mistral-7B": MistralConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=32_000,
+    ),
+}  # fmt: skip
+"""Counted alone."""
+
+
+def shape_of(config: PreTrainedConfig, *, causal: bool = True, spoken: int | None = None) -> Shape:
+    """Count a configuration."""
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return Shape.of(Path(folder), causal=causal, spoken=spoken)
+
+
+def counted(shape: Shape, length: int) -> float:
+    """Return the operations of K = 20 as a multiple of one pass's."""
+    cost = Cost(shape=shape, tokens=length, steps=STEPS)
+    return cost.cached / cost.one_pass
+
+
+def least_length(shape: Shape) -> int:
+    """Return the shortest prompt for which K = 20 is at most 1.1 of one pass, by operations."""
+    return next(length for length in range(1, 100_000) if counted(shape, length) <= LIMIT)
+
+
+def measured(backbone: Backbone, length: int, *, repeats: int) -> dict[str, float]:
+    """Run texts of one length both ways in turns, and return medians in seconds."""
+    rng, count = np.random.default_rng(0), max(1, POSITIONS // length)
+    prompts: Sequence[TokenIds] = [rng.integers(5, len(backbone.table), size=length) for _ in range(count)]
+    ways = {"one_pass": (Engine(one_pass(backbone)), FixedSteps(0)), "refined": (Engine(backbone), FixedSteps(STEPS))}
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats + 1):
+        for name, (engine, halt) in ways.items():
+            begin = time.perf_counter()
+            engine_loop(engine, prompts, halt)
+            taken[name].append(time.perf_counter() - begin)
+    medians = {name: statistics.median(own[1:]) for name, own in taken.items()}  # the first turn warms up
+    ratios = [slow / fast for slow, fast in zip(taken["refined"][1:], taken["one_pass"][1:], strict=True)]
+    return {**medians, "texts": count, "ratio": medians["refined"] / medians["one_pass"], "low": min(ratios), "high": max(ratios)}
+
+
+def model_of(name: str, *, repeats: int) -> dict[str, Any]:
+    """Count and measure a model at every length."""
+    backbone = LOADERS[name]()
+    shape = shape_of(backbone.model.config, causal=backbone.settings.attention == "causal", spoken=len(backbone.spoken))
+    rows = [
+        {"tokens": length, "counted": counted(shape, length), **measured(backbone, length, repeats=repeats)}
+        for length in tqdm(LENGTHS[name], desc=name)
+    ]
+    return {"least_tokens_counted": least_length(shape), "rows": rows}
+
+
+def main() -> None:
+    """Measure, and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(LOADERS), choices=list(LOADERS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--again", action="store_true", help="measure anew what has a result file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    paper = {}
+    for name, config in PAPER.items():
+        shape = shape_of(config)
+        rows = [{"tokens": length, "counted": counted(shape, length)} for length in LENGTHS["qwen"]]
+        paper[name] = {"least_tokens_counted": least_length(shape), "rows": rows}
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name in args.models:
+        if is_kept(FOLDER / f"{name}.json", again=args.again):
+            continue
+        found = {
+            "benchmark": "generation_cost",
+            "model": name,
+            "machine": machine(),
+            **model_of(name, repeats=args.repeats),
+            "paper": paper,
+        }
+        replace_text(FOLDER / f"{name}.json", json.dumps(found) + "\n")
+        print(f"{name}.json: written", flush=True)
+
+
+if __name__ == "__main__":
+    main()
