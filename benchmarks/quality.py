@@ -109,7 +109,8 @@ def main() -> None:
         print(f"{name:<12} {shown}  halted {halted:.2f} at {mean_steps:.1f}{'' if bm25 is None else f'  BM25 {bm25:.2f}'}", flush=True)
     means = np.mean([row["curve"] for row in rows.values()], axis=0)
     print("mean         " + "  ".join(f"K={k} {means[k]:.2f}" for k in SHOWN if k < len(means)))
-    path = write("quality", {"model": arguments.model, "rule": repr(rule), "sets": rows, "mean": means.tolist()}, folder=arguments.output)
+    theme = "quality" if arguments.model == "mini" else f"quality-{Path(arguments.model).name}"
+    path = write(theme, {"model": arguments.model, "rule": repr(rule), "sets": rows, "mean": means.tolist()}, folder=arguments.output)
     print("written:", path)
     print(json.dumps({f"K={k}": round(float(means[k]), 2) for k in SHOWN if k < len(means)}))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from halting_verdicts import BEYOND, HALTED, MARGIN, OVERLAP, RISING, WEAK, Measured, verdict
@@ -216,10 +218,15 @@ def _verdicts(judged: Mapping[str, Verdict], model: str) -> str:
     return f"{table(['', 'claim', model], words)}\n\n{compared}\n\n{rules}"
 
 
+def _prompt_weight() -> float:
+    settings = Path(__file__).parents[1] / "genembed" / "builtin" / "mini" / "genembed.json"
+    return float(json.loads(settings.read_text(encoding="utf-8"))["pooling"]["prompt_weight"])
+
+
 def part_two(results: Measured, pictures: str) -> str:
     """Return the part as Markdown, its headings one level below that of the document."""
     judged = {claim: verdict(claim, results) for claim in CLAIMS}
-    opening = _OPENING.format(model=results.model)
+    opening = _OPENING.format(model=results.model, weight=_prompt_weight())
     sections = {
         "Verdicts": _verdicts(judged, results.model),
         "Main results (table 1)": main_table(results),
@@ -243,7 +250,7 @@ _OPENING = """
 Made by the same command from [result files](../benchmarks/results/halting) of `benchmarks/halting.py`, `instructions.py` and
 `generation_cost.py`, with the built-in model `{model}`. The paper measures a 7-billion-weight model on NanoBEIR's 50 queries a set, 40
 of them for the test; here a small model on the whole query sets, five random splits of the same 20/80. `{model}` pools the prompt with
-ten times the weight of a generated state, so its embeddings move little and few steps are needed; the paper's model pools generated
+the weight of {weight:g} generated states, so its embeddings move little and few steps are needed; the paper's model pools generated
 states alone.
 """
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from markdown import table
 from results_file import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
@@ -31,11 +33,6 @@ def newest(theme: str) -> tuple[Path, dict[str, Any]]:
     if not paths:
         raise SystemExit(f"no result file {theme}_*.json in {RESULTS}: run benchmarks/{theme.split('-')[0]}.py first")
     return paths[-1], json.loads(paths[-1].read_text())
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _source(path: Path) -> str:
@@ -61,7 +58,7 @@ def throughput() -> str:
         sources.append(_source(path))
         rows += [_throughput_row(model, one) for one in result["comparisons"]]
     note = "Milliseconds a text; *halting*: share of the iteration saving saved in decoding; then of the whole time, with its ceiling."
-    return f"{note} {', '.join(sources)}.\n\n{_table(heads, rows)}"
+    return f"{note} {', '.join(sources)}.\n\n{table(heads, rows)}"
 
 
 def _throughput_row(model: str, one: Mapping[str, Any]) -> list[str]:
@@ -84,7 +81,7 @@ def scifact() -> str:
         low, high = one["difference_to_k0_95"]
         steps = "" if one["query_steps"] is None else f"{one['query_steps']:.1f} / {one['document_steps']:.1f}"
         rows.append([one["label"], f"{one['ndcg@10']:.2f}", f"{low:+.2f} to {high:+.2f}", steps])
-    return f"{_source(path)}\n\n{_table(['', 'nDCG@10', 'to K = 0', 'mean steps, queries / documents'], rows)}"
+    return f"{_source(path)}\n\n{table(['', 'nDCG@10', 'to K = 0', 'mean steps, queries / documents'], rows)}"
 
 
 def gates() -> str:
@@ -98,7 +95,7 @@ def gates() -> str:
     distinct = ", ".join(f"{result['distinct_tokens'][k - 1]:.0%} at step {k}" for k in (1, 2, 5, 20))
     gates = "\n".join(f"- {name}: {'passed' if passed else '**missed**'}" for name, passed in result["gates"].items())
     heads = ["development set", *(f"K = {k}" for k in shown), "halted, at mean k*"]
-    return f"{_source(path)}\n\n{_table(heads, rows)}\n\nDistinct likeliest tokens over texts: {distinct}.\n\n{gates}"
+    return f"{_source(path)}\n\n{table(heads, rows)}\n\nDistinct likeliest tokens over texts: {distinct}.\n\n{gates}"
 
 
 def quality() -> str:
@@ -112,7 +109,41 @@ def quality() -> str:
     halted = sum(one["halted"] for one in result["sets"].values()) / len(result["sets"])
     rows.append(["mean", *(f"{result['mean'][k]:.2f}" for k in shown), f"{halted:.2f}", ""])
     heads = ["test set", *(f"K = {k}" for k in shown), "halted, at mean k*", "BM25"]
-    return f"{_source(path)}\n\n{_table(heads, rows)}"
+    return f"{_source(path)}\n\n{table(heads, rows)}"
+
+
+MODELS = {
+    "mini": ("", "mini-seed-*"),
+    "fine-tuned, mean of the prompt (Bidirectional-Avg)": ("bidirectional_avg-*",),
+    "fine-tuned, last state (EOS)": ("eos-*",),
+}
+"""Models trained on the same pairs for as many updates, by the names of their result files: one for each seed."""
+
+
+def trained() -> str:
+    """Quality of mini and of models trained on the same data without generation, mean over seeds."""
+    seeds = {name: [result for own in patterns for result in _results(own)] for name, patterns in MODELS.items()}
+    first = seeds["mini"][0]
+    sets = list(first["sets"])
+    rows = [["all-MiniLM-L6-v2", "", *(f"{first['sets'][name]['curve'][0]:.2f}" for name in sets), f"{first['mean'][0]:.2f}"]]
+    for name, runs in seeds.items():
+        last = [[run["sets"][one]["curve"][-1] for run in runs] for one in sets]
+        if runs:
+            label = f"{name}, K = 20" if name == "mini" else name
+            rows.append([label, str(len(runs)), *(_spread(own) for own in last), _spread([run["mean"][-1] for run in runs])])
+    return table(["", "seeds", *sets, "mean"], rows)
+
+
+def _results(pattern: str) -> list[dict[str, Any]]:
+    """Return the newest result of every model that a pattern names; an empty one is the shipped model."""
+    names = {path.stem.rsplit("_", 2)[0] for path in RESULTS.glob(f"quality{'-' if pattern else ''}{pattern}_*.json")}
+    return [newest(name)[1] for name in sorted(names)]
+
+
+def _spread(values: list[float]) -> str:
+    """Show the mean, and the standard deviation of several."""
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
 def _or_none(value: float | None) -> str:
@@ -135,7 +166,7 @@ def training() -> str:
                     f"{row['memory']:.2f}",
                 ]
             )
-    return f"{_source(path)}\n\n{_table(['', 's / update', 'faster (ceiling)', 'peak MiB', 'of released'], rows)}"
+    return f"{_source(path)}\n\n{table(['', 's / update', 'faster (ceiling)', 'peak MiB', 'of released'], rows)}"
 
 
 def calibration() -> str:
@@ -153,7 +184,7 @@ def calibration() -> str:
         for one in result["rows"]
     ]
     heads = ["loss, bound", "queries", "false, certified (at most, 95 %)", "false, naive", "certified anything", "of the sound candidates"]
-    return f"{_source(path)}, {result['rows'][0]['worlds']:,} worlds a row, delta = {result['delta']:g}.\n\n{_table(heads, rows)}"
+    return f"{_source(path)}, {result['rows'][0]['worlds']:,} worlds a row, delta = {result['delta']:g}.\n\n{table(heads, rows)}"
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
@@ -161,6 +192,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "scifact": scifact,
     "gates": gates,
     "quality": quality,
+    "trained": trained,
     "training": training,
     "calibration": calibration,
 }

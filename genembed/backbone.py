@@ -19,7 +19,7 @@ from genembed.halting import HaltingRule
 from genembed.settings import ModelSettings
 from genembed.soft_token import Scores, blocked_soft_token, hard_token, recomputed_soft_token, straight_through
 
-_BLOCK = 4096
+BLOCK = 4096
 """Vocabulary entries in one block of the soft token: the block's logits stay in cache for usual batches."""
 
 
@@ -260,7 +260,7 @@ class Backbone:
         """For each block of the vocabulary, its product with the head's weight and its product with the input embeddings."""
         head, table = self.head, self.spoken
         product, mix = (cpu.packed_product, _packed_mix) if self._vocabulary_is_packed else (_plain_product, _plain_mix)
-        spans = [slice(start, start + _BLOCK) for start in range(0, len(table), _BLOCK)]
+        spans = [slice(start, start + BLOCK) for start in range(0, len(table), BLOCK)]
         return [(product(head.weight[span], None if head.bias is None else head.bias[span]), mix(table[span])) for span in spans]
 
     def _recomputed(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
@@ -272,7 +272,7 @@ class Backbone:
             self.spoken,
             temperature=self.settings.temperature,
             scores=head.finish,
-            block=_BLOCK,
+            block=BLOCK,
         )
 
     def _blocked(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:

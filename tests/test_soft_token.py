@@ -85,7 +85,7 @@ def test_without_gradient_the_next_embedding_is_the_one_with_gradient(
     family: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gemma2 has a soft cap between the blocks' products and the softmax, Gemma a scaling after it."""
-    monkeypatch.setattr("genembed.backbone._BLOCK", 96)
+    monkeypatch.setattr("genembed.backbone.BLOCK", 96)
     backbone = doubles.backbone(family, temperature=temperature)
     hidden = 3 * torch.randn(5, doubles.HIDDEN, dtype=torch.float64)
     with torch.enable_grad():

@@ -1,0 +1,192 @@
+"""How fast could this machine be? Rates of its arithmetic and its memory, and from them the least time of each part of a refinement.
+
+    python benchmarks/roofline.py [--configs mini qwen] [--threads 2] [--tokens 32 128] [--rows 1 32 128]
+
+Rates are the best of several shapes, median of the turns: products of float32 (Torch's and the packed ones of the engine), bfloat16 and
+int8 matrices, and a copy of more memory than the caches hold, read and written bytes together. A part takes at least
+
+    max( operations / rate of products,  bytes / bandwidth )
+
+where the bytes are each weight once and the keys and values that are attended to. Other benchmarks print their share of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from generation_cost import shape_of
+from markdown import table
+from results_file import machine, write
+from throughput import load_mini, load_qwen
+
+from genembed.backbone import Backbone
+from genembed.cost import Shape
+from genembed.cpu import packed_product
+
+PRODUCTS = ((2048, 896, 4864), (2048, 384, 1536), (512, 384, 8192), (2048, 1024, 4096))
+"""Rows, inputs and outputs of the products that are timed."""
+COPIED = 1 << 28
+"""Bytes of the copy's source: more than any cache here."""
+SECONDS = 0.4
+"""At least so long is each product repeated."""
+
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does in a second."""
+
+    products: dict[str, float]
+    """Operations, two for a multiply-add, by type."""
+    bandwidth: float
+    """Bytes read and written by a copy."""
+
+    def least(self, operations: float, moved: float, dtype: str) -> float:
+        """Return the seconds that neither arithmetic nor memory can go below."""
+        return max(operations / self.products[dtype], moved / self.bandwidth)
+
+
+def measure() -> Rates:
+    """Time products and a copy on the threads that Torch uses."""
+    found: dict[str, float] = {}
+    for dtype, makers in _MAKERS.items():
+        rates = [
+            2 * rows * inputs * outputs / _seconds(make(rows, inputs, outputs)) for make in makers for rows, inputs, outputs in PRODUCTS
+        ]
+        found[dtype] = max(rates)
+    source = torch.ones(COPIED // 4)
+    target = torch.empty_like(source)
+    return Rates(found, 2 * COPIED / _seconds(lambda: target.copy_(source)))
+
+
+def _plain(dtype: torch.dtype) -> Callable[[int, int, int], Callable[[], Any]]:
+    def make(rows: int, inputs: int, outputs: int) -> Callable[[], Any]:
+        first, second = torch.rand(rows, inputs).to(dtype), torch.rand(outputs, inputs).to(dtype)
+        return lambda: torch.nn.functional.linear(first, second)
+
+    return make
+
+
+def _packed(rows: int, inputs: int, outputs: int) -> Callable[[], Any]:
+    first, product = torch.rand(rows, inputs), packed_product(torch.rand(outputs, inputs))
+    return lambda: product(first)
+
+
+def _int8(rows: int, inputs: int, outputs: int) -> Callable[[], Any]:
+    first, second = (torch.randint(-100, 100, size, dtype=torch.int8) for size in ((rows, inputs), (inputs, outputs)))
+    return lambda: torch._int_mm(first, second)
+
+
+_MAKERS: dict[str, Sequence[Callable[[int, int, int], Callable[[], Any]]]] = {
+    "float32": (_plain(torch.float32), _packed),
+    "bfloat16": (_plain(torch.bfloat16),),
+    "int8": (_int8,),
+}
+
+
+@torch.inference_mode()
+def _seconds(run: Callable[[], Any]) -> float:
+    """Return the median seconds of one call."""
+    run()
+    taken: list[float] = []
+    begin = time.perf_counter()
+    while len(taken) < 3 or time.perf_counter() - begin < SECONDS:
+        start = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceiling:
+    """The least time of a model's parts on a machine."""
+
+    shape: Shape
+    rates: Rates
+    tied: bool
+    """Whether the vocabulary's table is read once for logits and average."""
+    dtype: str = "float32"
+
+    def prefill(self, tokens: int, rows: int) -> float:
+        """Return seconds for reading `rows` prompts of `tokens` tokens."""
+        attended = tokens * (tokens + 1) // 2 if self.shape.causal else tokens**2
+        operations = rows * (2 * self.shape.body * tokens + 4 * self.shape.layers * self.shape.attention * attended)
+        return self.rates.least(operations, BYTES[self.dtype] * self.shape.body, self.dtype)
+
+    def soft_token(self, rows: int) -> float:
+        """Return seconds for the logits of `rows` positions and the averages under them."""
+        table_size = self.shape.vocabulary * self.shape.hidden
+        return self.rates.least(4 * rows * table_size, BYTES[self.dtype] * table_size * (1 if self.tied else 2), self.dtype)
+
+    def step(self, tokens: int, rows: int) -> float:
+        """Return seconds for one step of `rows` texts that attend to `tokens` positions: soft token and body."""
+        operations = rows * (2 * self.shape.body + 4 * self.shape.layers * self.shape.attention * tokens)
+        kept = rows * tokens * 2 * self.shape.layers * self.shape.keys
+        return self.soft_token(rows) + self.rates.least(operations, BYTES[self.dtype] * (self.shape.body + kept), self.dtype)
+
+    def text(self, tokens: int, steps: float, rows: int) -> float:
+        """Return seconds of one text among `rows`: its prompt and `steps` steps."""
+        return (self.prefill(tokens, rows) + steps * self.step(tokens, rows)) / rows
+
+
+def ceiling_of(backbone: Backbone, rates: Rates, dtype: str = "float32") -> Ceiling:
+    """Return the ceiling of a model."""
+    shape = shape_of(backbone.model.config, causal=backbone.settings.attention == "causal", spoken=len(backbone.spoken))
+    return Ceiling(shape=shape, rates=rates, tied=backbone.trained_head is None and _tied(backbone), dtype=dtype)
+
+
+def _tied(backbone: Backbone) -> bool:
+    output: Any = backbone.model.get_output_embeddings()
+    return output is not None and output.weight is backbone.table
+
+
+def main() -> None:
+    """Measure, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", nargs="+", default=["mini", "qwen"], choices=["mini", "qwen"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32, 128])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 32, 128])
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rates = measure()
+    shown = [[dtype, f"{rate / 1e9:.0f} Gop/s"] for dtype, rate in rates.products.items()]
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    print(table(["product", "rate"], [*shown, ["copy", f"{rates.bandwidth / 1e9:.1f} GB/s"]]))
+    rows = []
+    for name in args.configs:
+        backbone = {"mini": load_mini, "qwen": load_qwen}[name]()
+        for dtype in rates.products:
+            ceiling = ceiling_of(backbone, rates, dtype)
+            for tokens in args.tokens:
+                for count in args.rows:
+                    parts = (ceiling.prefill(tokens, count), ceiling.step(tokens, count), ceiling.soft_token(count))
+                    least = dict(zip(("prefill", "step", "soft_token"), parts, strict=True))
+                    rows.append(
+                        {"model": name, "dtype": dtype, "tokens": tokens, "rows": count, **least, "text": ceiling.text(tokens, 20, count)}
+                    )
+    heads = ["model", "dtype", "tokens", "rows", "prefill, ms", "step, ms", "soft token, ms", "text, K = 20, ms"]
+    cells = [
+        [*(str(row[key]) for key in heads[:4]), *(f"{1e3 * row[key]:.3f}" for key in ("prefill", "step", "soft_token", "text"))]
+        for row in rows
+    ]
+    print(table(heads, cells))
+    path = write("roofline", {"rates": asdict(rates), "least_seconds": rows})
+    print(f"written: {path}")
+    print(
+        json.dumps(
+            {**{f"{dtype} Gop/s": round(rate / 1e9) for dtype, rate in rates.products.items()}, "GB/s": round(rates.bandwidth / 1e9, 1)}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
