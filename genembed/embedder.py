@@ -157,7 +157,7 @@ class Embedder:
                 span = slice(start, start + len(tokenised.ids))
                 result.tokens[span], result.truncated[span] = tokenised.tokens, tokenised.truncated
                 longest = max(longest, tokenised.longest)
-                for done in self.engine.run(tokenised.ids, rule, keep_trajectory=keep_trajectory, first_row=start):
+                for done in self.engine.run(tokenised.ids, rule, keep_trajectory=keep_trajectory, first_row=start, shared=tokenised.shared):
                     result.vectors[done.index], result.steps[done.index] = done.vectors, done.steps
                     result.stability[done.index] = done.stability
                     if result.trajectory is not None:

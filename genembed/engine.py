@@ -14,7 +14,7 @@ from torch import Tensor
 from genembed.backbone import Backbone
 from genembed.errors import ConfigurationError, NonFiniteError, OutOfMemoryError
 from genembed.halting import HaltingRule, Progress
-from genembed.packed import PackedRows, SharedPrefix
+from genembed.packed import PackedRows, PrefixCache, SharedPrefix
 from genembed.pooling import accumulation_dtype
 from genembed.refine import step
 from genembed.rows import CachedRows
@@ -35,6 +35,8 @@ class Budget:
     """Texts share a decode batch if the longest is at most this much longer than the shortest."""
     min_prefix: int = 4
     """Shared leading tokens below this number are not worth a cache of their own."""
+    kept_prefixes: int = 8
+    """Instructions whose keys and values are kept for later calls; 0 keeps none."""
     pack_weights: bool = True
     """On CPU in float32, keep a packed copy of the weights: faster, for the memory of the copy."""
 
@@ -43,6 +45,8 @@ class Budget:
         for name in ("batch_tokens", "max_rows", "prefill_tokens", "min_prefix"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name}={getattr(self, name)}: must be at least 1.")
+        if self.kept_prefixes < 0:
+            raise ConfigurationError(f"kept_prefixes={self.kept_prefixes}: must be at least 0.")
         if self.length_ratio < 1:
             raise ConfigurationError(f"length_ratio={self.length_ratio}: must be at least 1.")
 
@@ -83,11 +87,12 @@ class Engine:
     def __init__(self, backbone: Backbone, budget: Budget = DEFAULT_BUDGET) -> None:
         self.backbone = backbone
         self.budget = budget
+        self.prefixes = PrefixCache(backbone, size=budget.kept_prefixes)
         if budget.pack_weights:
             backbone.pack_weights()
 
     def run(
-        self, prompts: Sequence[TokenIds], halt: HaltingRule, *, keep_trajectory: bool = False, first_row: int = 0
+        self, prompts: Sequence[TokenIds], halt: HaltingRule, *, keep_trajectory: bool = False, first_row: int = 0, shared: int = 0
     ) -> Iterator[Refined]:
         """Refine every prompt, yielding texts as they finish, in any order.
 
@@ -96,6 +101,8 @@ class Engine:
             halt: When a text is finished.
             keep_trajectory: Also return z_1 .. z_K, which takes `hidden * max_steps` floats a text.
             first_row: Number of the first prompt in the caller's list; results and errors count from it.
+            shared: Leading tokens that the prompts of later calls are likely to begin with as well, as an instruction's: what is read of
+                them is kept (`Budget.kept_prefixes`).
 
         Raises:
             ConfigurationError: If the model cannot follow the rule.
@@ -104,7 +111,7 @@ class Engine:
         """
         self.backbone.check_halt(halt)
         self._check_positions(prompts, halt)
-        job = _Job(prompts, halt, self._shared_prefix(prompts), keep_trajectory, first_row)
+        job = _Job(prompts, halt, self._shared_prefix(prompts, shared), keep_trajectory, first_row)
         for group in _similar_lengths(job, self.budget.length_ratio):
             yield from self._run_group(job, group)
 
@@ -136,17 +143,17 @@ class Engine:
             if left:
                 gc.collect()
 
-    @torch.inference_mode()
-    def _shared_prefix(self, prompts: Sequence[TokenIds]) -> SharedPrefix | None:
-        """Read the tokens that all prompts begin with (an instruction, usually) once for the whole run."""
+    def _shared_prefix(self, prompts: Sequence[TokenIds], shared: int) -> SharedPrefix | None:
+        """Return the tokens that all prompts begin with (an instruction, usually), read once: in an earlier call, or now."""
         # In prefix attention the first tokens see the whole prompt, so they cannot be read without it.
-        if not (self.backbone.causal and self.backbone.packable) or len(prompts) < 2:
+        if not (self.backbone.causal and self.backbone.packable and prompts):
             return None
-        length = common_prefix(prompts)
-        if length < self.budget.min_prefix:
-            return None
+        common = common_prefix(prompts)
+        lasting, passing = min(shared, common), common if len(prompts) > 1 else 0
         try:
-            return PackedRows(self.backbone, max_rows=1, max_tokens=length).share(prompts[0][:length])
+            if lasting >= self.budget.min_prefix and passing - lasting < self.budget.min_prefix:
+                return self.prefixes.get(prompts[0][:lasting])
+            return self.prefixes.read(prompts[0][:passing]) if passing >= self.budget.min_prefix else None
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise

@@ -6,6 +6,7 @@ never see padding, attention works inside each text, and a row that leaves costs
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -241,3 +242,33 @@ def _groups(lengths: Sequence[int], *, first_row: int) -> list[_Group]:
         groups.append(_Group(row, token, count, length))
         row, token = row + count, token + count * length
     return groups
+
+
+class PrefixCache:
+    """The newest prefixes that were read, for later calls with the same instruction.
+
+    A change of a weight by an optimiser, or any other operation in place, makes what was read before worthless; it is read again.
+
+    Args:
+        backbone: The model.
+        size: Prefixes that are kept.
+    """
+
+    def __init__(self, backbone: Backbone, *, size: int) -> None:
+        self.backbone = backbone
+        self.size = size
+        self._kept: OrderedDict[tuple[int, bytes], SharedPrefix] = OrderedDict()
+
+    def get(self, tokens: TokenIds) -> SharedPrefix:
+        """Return a prefix, kept or read now."""
+        key = sum(parameter._version for parameter in self.backbone.model.parameters()), tokens.tobytes()
+        found = self._kept.pop(key, None) or self.read(tokens)
+        self._kept[key] = found  # the newest comes last
+        if len(self._kept) > self.size:
+            self._kept.popitem(last=False)
+        return found
+
+    @torch.inference_mode()
+    def read(self, tokens: TokenIds) -> SharedPrefix:
+        """Read a prefix and keep nothing of it."""
+        return PackedRows(self.backbone, max_rows=1, max_tokens=len(tokens)).share(tokens)

@@ -34,6 +34,8 @@ class Tokenised:
     """Whether the text was longer than the model's limit and lost its end."""
     longest: int
     """Tokens of the longest prompt before anything was cut."""
+    shared: int
+    """Leading tokens that come from the template and the instruction; a text that begins unusually may change the last of them."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,13 @@ class PromptTokenizer:
                     f"row {first_row + row}: the text {texts[row]!r:.80} has no tokens, nothing to embed; drop it or use an instruction.",
                     row=first_row + row,
                 )
-        return Tokenised(ids, np.asarray([len(row_ids) for row_ids in ids], dtype=np.int64), truncated, longest)
+        shared = len(self.before) + self._fixed(head)
+        return Tokenised(ids, np.asarray([len(row_ids) for row_ids in ids], dtype=np.int64), truncated, longest, shared)
+
+    def _fixed(self, head: str) -> int:
+        """Return how many of the tokens before a text are the same whatever text follows, as far as two texts can tell."""
+        one, other = self._encode([f"{head}a", f"{head}1"]) if head else ([], [])
+        return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
     def _bodies(self, head: str, texts: Sequence[str]) -> Iterator[list[int]]:
         """Yield each text's ids, a slice of the texts at a time: uncut long texts do not pile up in memory."""

@@ -260,10 +260,81 @@ def test_every_text_halts_at_max_steps_whatever_the_rule_says() -> None:
     assert [step for batch in refined for step in batch.steps.tolist()] == [3, 3]
 
 
+@pytest.fixture
+def prefixes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lengths of the prefixes that are read, in order."""
+    lengths: list[int] = []
+    share = PackedRows.share
+
+    def spy(self: PackedRows, prefix: TokenIds) -> object:
+        lengths.append(len(prefix))
+        return share(self, prefix)
+
+    monkeypatch.setattr(PackedRows, "share", spy)
+    return lengths
+
+
+INSTRUCTED = doubles.prompts([3, 5, 4], shared=9)
+
+
+def test_an_instruction_is_read_once_for_all_calls_and_changes_no_vector(prefixes_read: list[int]) -> None:
+    backbone, rule = doubles.backbone("qwen2"), FixedSteps(3)
+    engine = Engine(backbone)
+    expected = run(Engine(backbone, Budget(min_prefix=100)), rule, INSTRUCTED)
+    for row, prompt in enumerate(INSTRUCTED):
+        assert_same(run(engine, rule, [prompt], first_row=row, shared=9), {row: expected[row]})
+    assert_same(run(engine, rule, INSTRUCTED, shared=9), expected)
+    assert prefixes_read == [9]
+
+
+def test_what_texts_of_one_call_share_beyond_the_instruction_is_read_with_it_and_not_kept(prefixes_read: list[int]) -> None:
+    engine = Engine(doubles.backbone("qwen2"))
+    for _ in range(2):
+        run(engine, FixedSteps(2), INSTRUCTED, shared=3)
+    assert prefixes_read == [9, 9]
+    run(engine, FixedSteps(2), INSTRUCTED, shared=7)  # two tokens more are not worth a prefix of their own
+    run(engine, FixedSteps(2), INSTRUCTED[:1], shared=7)
+    assert prefixes_read == [9, 9, 7]
+
+
+def test_a_text_that_begins_unusually_shares_what_it_does_share(prefixes_read: list[int]) -> None:
+    """Guards against a prefix that is taken from the template where a text changed its last token."""
+    engine, odd = Engine(doubles.backbone("qwen2")), INSTRUCTED[0].copy()
+    odd[8] = (odd[8] + 1) % doubles.VOCAB
+    expected = run(Engine(doubles.backbone("qwen2"), Budget(min_prefix=100)), FixedSteps(2), [INSTRUCTED[1], odd])
+    assert_same(run(engine, FixedSteps(2), [INSTRUCTED[1], odd], shared=9), expected)
+    assert prefixes_read == [8]
+
+
+def test_the_oldest_instruction_is_forgotten_first(prefixes_read: list[int]) -> None:
+    engine = Engine(doubles.backbone("qwen2"), Budget(kept_prefixes=2))
+    one, other, third = (doubles.prompts([3], seed=seed, shared=9) for seed in range(3))
+    for prompts in (one, other, one, third, one, other):
+        run(engine, FixedSteps(1), prompts, shared=9)
+    assert len(prefixes_read) == 4  # one, other, third, and other again
+
+
+def test_a_changed_weight_makes_a_kept_instruction_worthless(prefixes_read: list[int]) -> None:
+    """Guards against an evaluation during training that reads texts under the instruction as it was."""
+    backbone = doubles.trainable(doubles.backbone("qwen2"))
+    engine = Engine(backbone)
+    run(engine, FixedSteps(1), INSTRUCTED[:1], shared=9)
+    with torch.no_grad():
+        next(iter(backbone.model.parameters())).mul_(1.5)
+    expected = run(Engine(backbone, Budget(min_prefix=100)), FixedSteps(1), INSTRUCTED[:1])
+    assert_same(run(engine, FixedSteps(1), INSTRUCTED[:1], shared=9), expected)
+    assert prefixes_read == [9, 9]
+
+
 @pytest.mark.parametrize("name", ["batch_tokens", "max_rows", "prefill_tokens", "min_prefix"])
 def test_a_budget_of_nothing_is_refused(name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"{name}=0: must be at least 1"):
         Budget(**{name: 0})
+
+
+def test_a_negative_number_of_kept_prefixes_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="kept_prefixes=-1: must be at least 0"):
+        Budget(kept_prefixes=-1)
 
 
 def test_a_length_ratio_below_one_is_refused() -> None:

@@ -76,6 +76,15 @@ def test_special_tokens_and_the_templates_tail_survive_the_cut() -> None:
     assert tokenised.longest == len(body) + len(tail) + 2
 
 
+@pytest.mark.parametrize("texts", [["a text", "another"], ["7 of them"], ["- a list", " a space"]])
+def test_what_the_template_fixes_is_what_prompts_of_any_text_share(texts: list[str]) -> None:
+    tokenised = made(special_tokens=BOTH)(texts, "Find what answers the question")
+    fixed = [0, *bare("Instruct: Find what answers the question\nQuery:x")][: tokenised.shared]
+    assert tokenised.shared >= 5
+    assert [ids[: tokenised.shared - 1] for ids in ids_of(tokenised)] == [fixed[:-1]] * len(texts)
+    assert made(special_tokens=BOTH)(texts).shared == 1
+
+
 def test_an_instruction_that_fills_the_model_is_refused() -> None:
     """Otherwise every text would be cut to nothing, and all of them would get the same vector."""
     with pytest.raises(InputError, match=r"the instruction leaves no room for a text: max_length is 16 tokens; shorten the instruction"):
