@@ -11,19 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from halting_verdicts import LIMIT
+from loops import STEPS, engine_loop
+from models import LOADERS, one_pass, shape_of, shape_of_backbone
 from results_file import RESULTS, is_kept, machine
-from throughput import STEPS, engine_loop, load_mini, load_qwen, one_pass
 from tqdm import tqdm
-from transformers import MistralConfig, PreTrainedConfig, Qwen2Config
+from transformers import MistralConfig, Qwen2Config
 
 from genembed import FixedSteps
 from genembed.backbone import Backbone
@@ -33,7 +32,6 @@ from genembed.tokens import TokenIds
 from genembed.train.durable import replace_text
 
 FOLDER = RESULTS / "generation_cost"
-LOADERS = {"mini": load_mini, "qwen": load_qwen}
 LENGTHS = {"mini": (16, 32, 64, 128, 256, 480), "qwen": (128, 512, 2048)}
 """Prompt tokens; `mini` has 512 positions, the generated ones among them."""
 COUNTED = (16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -50,13 +48,6 @@ PAPER = {
     ),
 }  # fmt: skip
 """Counted alone."""
-
-
-def shape_of(config: PreTrainedConfig, *, causal: bool = True, spoken: int | None = None) -> Shape:
-    """Count a configuration."""
-    with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        return Shape.of(Path(folder), causal=causal, spoken=spoken)
 
 
 def counted(shape: Shape, length: int) -> float:
@@ -89,7 +80,7 @@ def measured(backbone: Backbone, length: int, *, repeats: int) -> dict[str, floa
 def model_of(name: str, *, repeats: int) -> dict[str, Any]:
     """Count and measure a model at every length."""
     backbone = LOADERS[name]()
-    shape = shape_of(backbone.model.config, causal=backbone.settings.attention == "causal", spoken=len(backbone.spoken))
+    shape = shape_of_backbone(backbone)
     rows = [
         {"tokens": length, "counted": counted(shape, length), **measured(backbone, length, repeats=repeats)}
         for length in tqdm(LENGTHS[name], desc=name)
@@ -100,7 +91,7 @@ def model_of(name: str, *, repeats: int) -> dict[str, Any]:
 def main() -> None:
     """Measure, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(LOADERS), choices=list(LOADERS))
+    parser.add_argument("--models", nargs="+", default=list(LENGTHS), choices=list(LENGTHS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--again", action="store_true", help="measure anew what has a result file")

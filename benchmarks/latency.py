@@ -17,15 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from loops import STEPS, engine_loop, plain_loop, prompts_of
 from markdown import table
+from models import LOADERS, one_pass
 from results_file import machine, write
 from roofline import Rates, ceiling_of, measure
-from throughput import STEPS, engine_loop, load_mini, load_qwen, one_pass, plain_loop, prompts_of
 
 from genembed import FixedSteps
 from genembed.engine import Engine
 
-LOADERS = {"mini": load_mini, "qwen": load_qwen}
 GOAL_MS, GOAL_CEILINGS = 25.0, 2.0
 """One query with `mini`, K = 20: at most so long, or so many ceilings, whichever is longer."""
 
@@ -62,7 +62,7 @@ def measured(name: str, queries: int, rates: Rates) -> dict[str, Any]:
 def main() -> None:
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(LOADERS), choices=list(LOADERS))
+    parser.add_argument("--models", nargs="+", default=["mini", "qwen"], choices=list(LOADERS))
     parser.add_argument("--queries", type=int, default=60)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()

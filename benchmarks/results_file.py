@@ -38,6 +38,12 @@ def write(theme: str, values: dict[str, Any], *, folder: Path = RESULTS) -> Path
     return path
 
 
+def newest(theme: str) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest result file of a benchmark, whose names end in the date; None if there is none."""
+    paths = sorted(RESULTS.glob(f"{theme}_*.json"), key=lambda path: path.stem.rsplit("_", 1)[-1])
+    return (paths[-1], json.loads(paths[-1].read_text())) if paths else None
+
+
 def is_kept(path: Path, *, again: bool) -> bool:
     """Say that a result is there and is left as it is."""
     if path.is_file() and not again:

@@ -21,10 +21,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from generation_cost import shape_of
 from markdown import table
+from models import LOADERS, shape_of_backbone
 from results_file import machine, write
-from throughput import load_mini, load_qwen
 
 from genembed.backbone import Backbone
 from genembed.cost import Shape
@@ -139,8 +138,7 @@ class Ceiling:
 
 def ceiling_of(backbone: Backbone, rates: Rates, dtype: str = "float32") -> Ceiling:
     """Return the ceiling of a model."""
-    shape = shape_of(backbone.model.config, causal=backbone.settings.attention == "causal", spoken=len(backbone.spoken))
-    return Ceiling(shape=shape, rates=rates, tied=backbone.trained_head is None and _tied(backbone), dtype=dtype)
+    return Ceiling(shape=shape_of_backbone(backbone), rates=rates, tied=backbone.trained_head is None and _tied(backbone), dtype=dtype)
 
 
 def _tied(backbone: Backbone) -> bool:
@@ -151,7 +149,7 @@ def _tied(backbone: Backbone) -> bool:
 def main() -> None:
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configs", nargs="+", default=["mini", "qwen"], choices=["mini", "qwen"])
+    parser.add_argument("--configs", nargs="+", default=["mini", "qwen"], choices=list(LOADERS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tokens", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32, 128])
@@ -163,7 +161,7 @@ def main() -> None:
     print(table(["product", "rate"], [*shown, ["copy", f"{rates.bandwidth / 1e9:.1f} GB/s"]]))
     rows = []
     for name in args.configs:
-        backbone = {"mini": load_mini, "qwen": load_qwen}[name]()
+        backbone = LOADERS[name]()
         for dtype in rates.products:
             ceiling = ceiling_of(backbone, rates, dtype)
             for tokens in args.tokens:

@@ -9,7 +9,6 @@ file of its benchmark. `--check` only compares, and fails where they differ.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from markdown import table
-from results_file import RESULTS
+from results_file import RESULTS, newest
 
 README = Path(__file__).parents[1] / "README.md"
 CALIBRATION = README.parent / "docs" / "calibration.md"
@@ -27,12 +26,12 @@ CARD = README.parent / "genembed" / "builtin" / "mini" / "README.md"
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def newest(theme: str) -> tuple[Path, dict[str, Any]]:
-    """Return the newest result file of a benchmark: file names end in the date."""
-    paths = sorted(RESULTS.glob(f"{theme}_*.json"), key=lambda path: path.stem.rsplit("_", 1)[-1])
-    if not paths:
+def stored(theme: str) -> tuple[Path, dict[str, Any]]:
+    """Return the newest result file of a benchmark, which must be there."""
+    found = newest(theme)
+    if found is None:
         raise SystemExit(f"no result file {theme}_*.json in {RESULTS}: run benchmarks/{theme.split('-')[0]}.py first")
-    return paths[-1], json.loads(paths[-1].read_text())
+    return found
 
 
 def _source(path: Path) -> str:
@@ -54,7 +53,7 @@ def throughput() -> str:
     ]
     rows, sources = [], []
     for model in ("mini", "mini-full", "qwen"):
-        path, result = newest(f"throughput-{model}")
+        path, result = stored(f"throughput-{model}")
         sources.append(_source(path))
         rows += [_throughput_row(model, one) for one in result["comparisons"]]
     note = "Milliseconds a text; *halting*: share of the iteration saving saved in decoding; then of the whole time, with its ceiling."
@@ -75,7 +74,7 @@ def _throughput_row(model: str, one: Mapping[str, Any]) -> list[str]:
 
 def scifact() -> str:
     """Quality on SciFact."""
-    path, result = newest("scifact")
+    path, result = stored("scifact")
     rows = []
     for one in result["runs"]:
         low, high = one["difference_to_k0_95"]
@@ -86,7 +85,7 @@ def scifact() -> str:
 
 def gates() -> str:
     """Quality of `mini` on the development sets, for every K."""
-    path, result = newest("gates")
+    path, result = stored("gates")
     shown = (0, 1, 3, 5, 10, 20)
     rows = [
         [name, *(f"{one['curve'][k]:.2f}" for k in shown), f"{one['halted']:.2f} at {one['mean_steps']:.1f}"]
@@ -100,7 +99,7 @@ def gates() -> str:
 
 def quality() -> str:
     """Quality on test sets, for every K."""
-    path, result = newest("quality")
+    path, result = stored("quality")
     shown = (0, 1, 3, 5, 10, 20)
     rows = [
         [name, *(f"{one['curve'][k]:.2f}" for k in shown), f"{one['halted']:.2f} at {one['mean_steps']:.1f}", _or_none(one["bm25"])]
@@ -137,7 +136,7 @@ def trained() -> str:
 def _results(pattern: str) -> list[dict[str, Any]]:
     """Return the newest result of every model that a pattern names; an empty one is the shipped model."""
     names = {path.stem.rsplit("_", 2)[0] for path in RESULTS.glob(f"quality{'-' if pattern else ''}{pattern}_*.json")}
-    return [newest(name)[1] for name in sorted(names)]
+    return [stored(name)[1] for name in sorted(names)]
 
 
 def _spread(values: list[float]) -> str:
@@ -152,7 +151,7 @@ def _or_none(value: float | None) -> str:
 
 def training() -> str:
     """Time and memory of a training update."""
-    path, result = newest("training")
+    path, result = stored("training")
     rows = []
     for one in result["comparisons"]:
         for name, row in one["variants"].items():
@@ -171,7 +170,7 @@ def training() -> str:
 
 def calibration() -> str:
     """How often a rule is certified falsely, in synthetic worlds."""
-    path, result = newest("calibration")
+    path, result = stored("calibration")
     rows = [
         [
             f"{one['loss']}, {one['epsilon']:g}",

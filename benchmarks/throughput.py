@@ -1,18 +1,21 @@
-"""How fast is the engine, against the paper's algorithm and against the arithmetic?
+"""How fast is the engine, against the paper's algorithm and against what the machine could do?
 
-    python benchmarks/throughput.py [--models mini mini-full qwen] [--repeats 3] [--threads 2] [--texts 256]
+    python benchmarks/throughput.py [--models mini mini-full qwen] [--kinds queries documents] [--repeats 3] [--threads 2] [--check]
 
-On `mini`, on `mini` with a head over its whole vocabulary, and on a random model of Qwen2.5-0.5B's shape, for queries of
-mean 20 tokens and documents of mean 200, side by side:
+On `mini`, on `mini` with a head over its whole vocabulary, and on a random model of Qwen2.5-0.5B's shape, for queries of mean 20
+tokens and documents of mean 128, 200 or 512, side by side, in turns:
 
 - `causal-eos`   the engine without refinement: one pass, the unit of every ratio
 - `plain`        the paper's algorithm 1 as released: padded batches of 32 in the given order, logits at all positions, no compaction
 - `sorted`       the same loop with texts sorted by length and logits at the last position only
-- `engine`       ours, K = 20
-- `engine near 9`, `engine 4-20`   ours, with every text halting at a recorded step: 9 +- 0.5, or evenly spread over 4 to 20
+- `engine`, `engine K=1`, `engine K=5`   ours, K = 20, 1 and 5
+- `engine near 9`, `engine near 18`, `engine 4-20`   ours, with every text halting at a recorded step: 9 +- 0.5, 18 +- 1, or evenly
+                 spread over 4 to 20
+- `engine, N rows`   ours with at most N rows in a batch (`--rows`), beside one pass with as many
 
-The FLOP bound of a ratio to `causal-eos` is 1 + K(1 + 2|V|d/P)/N, with P the parameters of the body and N the mean prompt length.
-Iteration saving is 1 - (steps done)/(20 * texts); the decode phase is the time beyond `causal-eos`.
+The FLOP bound of a ratio to `causal-eos` is that of genembed.cost at the mean length. The ceiling is that of roofline.py, measured in the
+same run. Iteration saving is 1 - (steps done)/(20 * texts); the decode phase is the time beyond `causal-eos`. `--check` fails where a
+ratio to `causal-eos` is over 15 % worse than in the newest result file.
 """
 
 from __future__ import annotations
@@ -20,239 +23,222 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
-from results_file import RESULTS, machine, write
-from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen2Config
+from loops import BATCH, KINDS, STEPS, RecordedSteps, engine_loop, plain_loop, prompts_of
+from models import LOADERS, one_pass, shape_of_backbone
+from results_file import RESULTS, machine, newest, write
+from roofline import Rates, ceiling_of, measure
 
-from genembed import FixedSteps, Progress, checkpoint, source
-from genembed.backbone import Backbone, SoftTokenHead
-from genembed.engine import Engine
-from genembed.pooling import Pooling
-from genembed.refine import step
-from genembed.rows import CachedRows
-from genembed.settings import GIRCSE
-from genembed.tokens import TokenBatch, TokenIds
+from genembed import FixedSteps
+from genembed.cost import Cost
+from genembed.engine import DEFAULT_BUDGET, Budget, Engine
 
-STEPS = 20
-MINI = "mini"
-BATCH = 32
-"""Batch of the plain loop, as the released evaluation uses."""
+UNIT, ENGINE = "causal-eos", "engine"
+TEXTS = {"mini": 512, "mini-full": 512, "qwen": 96}
+WORSE = 0.15
+"""A ratio that has risen by more is a regression."""
+
+Run = Callable[[], int]
+"""Does the work once, and returns the steps done."""
 
 
 @dataclass(frozen=True)
-class RecordedSteps:
-    """Halts every text at a step that was fixed beforehand: a double for a rule whose outcome is known."""
+class Subject:
+    """A model and texts for it."""
 
-    steps: Tensor
-    max_steps: int = STEPS
-    window: int = 0
+    model: str
+    kind: str
+    prompts: list[Any]
+    repeats: int
+    rates: Rates
 
-    def __call__(self, progress: Progress) -> Bool[Tensor, "rows"]:
-        """Finish a text at its recorded step."""
-        return progress.step >= self.steps[progress.index]
-
-
-def one_pass(backbone: Backbone) -> Backbone:
-    """Return the same weights as a Causal-EOS embedder."""
-    settings = replace(backbone.settings, pooling=Pooling(kind="last"), halt=FixedSteps(0))
-    return Backbone(backbone.model, settings, head=backbone.trained_head)
+    @property
+    def mean_length(self) -> float:
+        """Mean prompt tokens."""
+        return float(np.mean([len(ids) for ids in self.prompts]))
 
 
-@torch.inference_mode()
-def plain_loop(backbone: Backbone, prompts: Sequence[TokenIds], *, improved: bool) -> int:
-    """Run the paper's algorithm on padded batches.
-
-    Args:
-        backbone: The model.
-        prompts: Texts in the given order.
-        improved: Sort by length and take logits at the last position only.
-
-    Returns:
-        Steps done, over all texts.
-    """
-    order = sorted(prompts, key=len) if improved else list(prompts)
-    for start in range(0, len(order), BATCH):
-        batch = TokenBatch.pad(order[start : start + BATCH])
-        rows = CachedRows(backbone, batch)
-        if not improved:
-            states = torch.zeros(*batch.input_ids.shape, backbone.hidden_size)
-            backbone.head(states)
-        progress = backbone.settings.pooling.start(batch.index, rows.last_hidden, rows.mean_hidden, window=0)
-        for _ in range(STEPS):
-            if improved:
-                progress, _cosine = step(backbone, rows, progress)
-            else:
-                probabilities = torch.softmax(backbone.head(rows.last_hidden) / backbone.settings.temperature, dim=-1)
-                rows.append(probabilities @ backbone.spoken)
-                progress, _cosine = backbone.settings.pooling.advance(progress, rows.last_hidden)
-    return STEPS * len(order)
-
-
-def engine_loop(engine: Engine, prompts: Sequence[TokenIds], halt: Any) -> int:
-    """Run our engine; return the steps done."""
-    return int(sum(done.steps.sum() for done in engine.run(prompts, halt)))
-
-
-def load_mini() -> Backbone:
-    """Return the built-in model."""
-    return checkpoint.load(source.resolve(MINI, adapter=None, preset=None, offline=True), device="cpu", dtype="float32").backbone
-
-
-def load_mini_full() -> Backbone:
-    """Return the built-in model with a head that speaks its whole vocabulary, as its first version did."""
-    mini = load_mini()
-    assert mini.trained_head is not None
-    head = SoftTokenHead(mini.hidden_size, len(mini.table))
-    head.dense, head.norm = mini.trained_head.dense, mini.trained_head.norm
-    return Backbone(mini.model, mini.settings, head=head.eval().requires_grad_(False))
-
-
-def load_qwen() -> Backbone:
-    """Return a random model of Qwen2.5-0.5B's shape, with logits neither flat nor one-hot."""
-    config = Qwen2Config(
-        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-        vocab_size=151_936, tie_word_embeddings=True, max_position_embeddings=4096,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-    return Backbone(model, GIRCSE)
-
-
-def prompts_of(kind: str, count: int, vocab: int, limit: int) -> list[TokenIds]:
-    """Draw prompts whose lengths are spread as real ones are: queries around 20 tokens, documents around 200."""
-    rng = np.random.default_rng(0)
-    mean, spread = {"queries": (20, 8), "documents": (200, 80)}[kind]
-    lengths = np.clip(rng.normal(mean, spread, count).round(), 4, limit).astype(int)
-    return [rng.integers(5, vocab, size=length) for length in lengths]
-
-
-def flop_bound(backbone: Backbone, mean_length: float) -> float:
-    """Return the least ratio of K = 20 to one pass, by arithmetic alone."""
-    body = sum(
-        p.numel() for name, p in backbone.base.named_parameters() if p.dim() == 2 and "embedding" not in name and "embed" not in name
-    )
-    vocabulary = 2 * backbone.spoken.numel()
-    return 1 + STEPS * (1 + vocabulary / body) / mean_length
-
-
-def seconds_of(run: Callable[[], int]) -> tuple[float, int]:
-    """Time one run."""
-    start = time.perf_counter()
-    steps = run()
-    return time.perf_counter() - start, steps
-
-
-def compare(name: str, loader: Callable[[], Backbone], kind: str, count: int, repeats: int) -> dict[str, Any]:
-    """Time every variant in turn, `repeats` times, and print a table.
-
-    The loops run on a model of their own: the engine packs the weights of its model.
-    """
-    backbone, stock = loader(), loader()
+def traces(count: int) -> dict[str, RecordedSteps]:
+    """Return recorded halting steps: narrow distributions as the paper's, and a wide one."""
     rng = np.random.default_rng(1)
-    prompts = prompts_of(kind, count, len(backbone.table), 256)
-    mean_length = float(np.mean([len(ids) for ids in prompts]))
-    engine, single = Engine(backbone), Engine(one_pass(backbone))
-    near_nine = RecordedSteps(torch.from_numpy(np.clip(rng.normal(9, 0.5, count).round(), 1, STEPS).astype(int)))
-    spread = RecordedSteps(torch.from_numpy(rng.integers(4, STEPS + 1, count)))
-    variants: dict[str, Callable[[], int]] = {
-        "causal-eos": lambda: engine_loop(single, prompts, FixedSteps(0)),
+    steps = {
+        "near 9": rng.normal(9, 0.5, count).round(),
+        "near 18": rng.normal(18, 1.0, count).round(),
+        "4-20": rng.integers(4, STEPS + 1, count),
+    }
+    return {name: RecordedSteps(torch.from_numpy(np.clip(own, 1, STEPS).astype(int))) for name, own in steps.items()}
+
+
+def variants(subject: Subject, rows: list[int]) -> dict[str, Run]:
+    """Return what is timed, each warmed up.
+
+    The plain loops run on a model of their own: the engine packs the weights of its model.
+    """
+    backbone, stock, prompts = LOADERS[subject.model](), LOADERS[subject.model](), subject.prompts
+    single = one_pass(backbone)
+    rules: dict[str, Any] = {f"{ENGINE} K={k}": FixedSteps(k) for k in (1, 5)}
+    rules |= {f"{ENGINE} {name}": trace for name, trace in traces(len(prompts)).items()}
+
+    def engine(halt: Any, budget: Budget = DEFAULT_BUDGET) -> Run:
+        made = Engine(backbone if halt.max_steps else single, budget)
+        return lambda: engine_loop(made, prompts, halt)
+
+    found: dict[str, Run] = {
+        UNIT: engine(FixedSteps(0)),
         "plain": lambda: plain_loop(stock, prompts, improved=False),
         "sorted": lambda: plain_loop(stock, prompts, improved=True),
-        "engine": lambda: engine_loop(engine, prompts, FixedSteps(STEPS)),
-        "engine near 9": lambda: engine_loop(engine, prompts, near_nine),
-        "engine 4-20": lambda: engine_loop(engine, prompts, spread),
+        ENGINE: engine(FixedSteps(STEPS)),
+        **{name: engine(rule) for name, rule in rules.items()},
     }
+    for count in rows:
+        budget = Budget(max_rows=count, batch_tokens=1 << 20)
+        found |= {f"{UNIT}, {count} rows": engine(FixedSteps(0), budget), f"{ENGINE}, {count} rows": engine(FixedSteps(STEPS), budget)}
     for warm_up in (backbone, stock):
         plain_loop(warm_up, prompts[:4], improved=True)
-    engine_loop(engine, prompts[:BATCH], FixedSteps(2))
-    engine_loop(single, prompts[:BATCH], FixedSteps(0))
-    times: dict[str, list[float]] = {variant: [] for variant in variants}
+    engine_loop(Engine(backbone), prompts[:BATCH], FixedSteps(2))
+    engine_loop(Engine(single), prompts[:BATCH], FixedSteps(0))
+    return found
+
+
+def compare(subject: Subject, rows: list[int]) -> dict[str, Any]:
+    """Time every variant in turn, and print and return the table."""
+    runs = variants(subject, rows)
+    taken: dict[str, list[float]] = {name: [] for name in runs}
     steps: dict[str, int] = {}
-    for _ in range(repeats):
-        for variant, run in variants.items():
-            seconds, steps[variant] = seconds_of(run)
-            times[variant].append(seconds)
-    return report(name, kind, count, mean_length, flop_bound(backbone, mean_length), times, steps)
+    for _ in range(subject.repeats):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            steps[name] = run()
+            taken[name].append(time.perf_counter() - begin)
+    backbone = LOADERS[subject.model]()
+    cost = Cost(shape=shape_of_backbone(backbone), tokens=round(subject.mean_length), steps=STEPS)
+    ceiling = ceiling_of(backbone, subject.rates)
+    count = len(subject.prompts)
+    least = {name: ceiling.text(round(subject.mean_length), own / count, _rows_of(name, count)) * count for name, own in steps.items()}
+    found = {
+        "model": subject.model,
+        "kind": subject.kind,
+        "texts": count,
+        "mean_tokens": subject.mean_length,
+        "flop_bound": cost.cached / cost.one_pass,
+        "variants": {name: measured(name, taken, steps, least) for name in runs},
+    }
+    show(found)
+    return found
 
 
-def report(
-    name: str, kind: str, count: int, mean_length: float, bound: float, times: dict[str, list[float]], steps: dict[str, int]
-) -> dict[str, Any]:
-    """Print one comparison and return it."""
-    median = {variant: statistics.median(values) for variant, values in times.items()}
-    unit, full = median["causal-eos"], median["engine"]
-    print(f"\n{name}, {count} {kind}, mean {mean_length:.0f} tokens; FLOP bound of K={STEPS} to causal-eos: {bound:.2f}")
-    heads = (("ms/text", 9), ("spread", 8), ("iterations", 12), ("/causal-eos", 13), ("plain/this", 12), ("decode/iteration saving", 50))
-    print(f"  {'variant':<15}" + "".join(f"{head:>{width}}" for head, width in heads))
-    rows = {}
-    for variant, values in times.items():
-        saving = None
-        if variant.startswith("engine ") and steps["engine"]:
-            iterations = 1 - steps[variant] / steps["engine"]
-            decode = (full - median[variant]) / (full - unit)
-            saving = {
-                "iterations": iterations,
-                "decode": decode,
-                "share": decode / iterations,
-                "wall_clock": 1 - median[variant] / full,
-                "ceiling": iterations * (full - unit) / full,
-            }
-        rows[variant] = {
-            "seconds": values,
-            "ms_per_text": 1e3 * median[variant] / count,
-            "iterations": steps[variant],
-            "to_causal_eos": median[variant] / unit,
-            "plain_over_this": median["plain"] / median[variant],
-            "saving": saving,
-        }
-        note = (
-            "{decode:.0%} / {iterations:.0%} = {share:.2f}, wall {wall_clock:.0%} of at most {ceiling:.0%}".format(**saving)
-            if saving
-            else ""
-        )
-        spread = (max(values) - min(values)) / median[variant]
+def _rows_of(name: str, count: int) -> int:
+    """Return the rows in a batch of a variant, as its name says."""
+    limit = int(name.split()[-2]) if name.endswith("rows") else BATCH if name in ("plain", "sorted") else DEFAULT_BUDGET.max_rows
+    return min(limit, count)
+
+
+def measured(name: str, taken: Mapping[str, list[float]], steps: Mapping[str, int], least: Mapping[str, float]) -> dict[str, Any]:
+    """Return what the seconds of a variant say."""
+    median = {other: statistics.median(own) for other, own in taken.items()}
+    count = steps[ENGINE] / STEPS
+    unit = median[name.replace(ENGINE, UNIT)] if name.endswith("rows") else median[UNIT]
+    halting = name.startswith(f"{ENGINE} ") and "K=" not in name
+    return {
+        "seconds": taken[name],
+        "ms_per_text": 1e3 * median[name] / count,
+        "texts_per_second": count / median[name],
+        "spread": (max(taken[name]) - min(taken[name])) / median[name],
+        "iterations": steps[name],
+        "to_causal_eos": median[name] / unit,
+        "plain_over_this": median["plain"] / median[name],
+        "share_of_ceiling": least[name] / median[name],
+        "saving": saving(1 - steps[name] / steps[ENGINE], median[name], median[ENGINE], median[UNIT]) if halting else None,
+    }
+
+
+def saving(iterations: float, halted: float, full: float, unit: float) -> dict[str, float]:
+    """Return what halting saves of the decoding and of the whole time, with the most it could."""
+    decode = (full - halted) / (full - unit)
+    return {
+        "iterations": iterations,
+        "decode": decode,
+        "share": decode / iterations,
+        "wall_clock": 1 - halted / full,
+        "ceiling": iterations * (full - unit) / full,
+    }
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """Print one comparison."""
+    print(
+        f"\n{found['model']}, {found['texts']} {found['kind']}, mean {found['mean_tokens']:.0f} tokens; "
+        f"FLOP bound of K={STEPS} to causal-eos: {found['flop_bound']:.2f}"
+    )
+    heads = (("ms/text", 9), ("texts/s", 9), ("spread", 8), ("/causal-eos", 13), ("plain/this", 12), ("of ceiling", 12))
+    print(f"  {'variant':<22}" + "".join(f"{head:>{width}}" for head, width in heads) + f"{'decode/iteration saving':>52}")
+    for name, row in found["variants"].items():
+        note = ""
+        if row["saving"]:
+            note = "{decode:.0%} / {iterations:.0%} = {share:.2f}, wall {wall_clock:.0%} of at most {ceiling:.0%}".format(**row["saving"])
         print(
-            f"  {variant:<15}{rows[variant]['ms_per_text']:>9.2f}{spread:>8.0%}{steps[variant]:>12,}{rows[variant]['to_causal_eos']:>13.2f}"
-            f"{rows[variant]['plain_over_this']:>12.2f}{note:>50}",
+            f"  {name:<22}{row['ms_per_text']:>9.2f}{row['texts_per_second']:>9.1f}{row['spread']:>8.0%}{row['to_causal_eos']:>13.2f}"
+            f"{row['plain_over_this']:>12.2f}{row['share_of_ceiling']:>12.0%}{note:>52}",
             flush=True,
         )
-    return {"model": name, "kind": kind, "texts": count, "mean_tokens": mean_length, "flop_bound": bound, "variants": rows}
+
+
+def regressions(found: list[dict[str, Any]], before: Mapping[str, Any]) -> list[str]:
+    """Name the engine's ratios to one pass that are more than `WORSE` above those of a stored run."""
+    old = {(one["model"], one["kind"], name): row for one in before["comparisons"] for name, row in one["variants"].items()}
+    worse = []
+    for one in found:
+        for name, row in one["variants"].items():
+            known = old.get((one["model"], one["kind"], name))
+            if known is None or not name.startswith(ENGINE):
+                continue
+            ratio, was = row["to_causal_eos"], known["to_causal_eos"]
+            if ratio > (1 + WORSE) * was:
+                worse.append(f"{one['model']} {one['kind']}, {name}: {ratio:.2f} of one pass, was {was:.2f}")
+    return worse
 
 
 def main() -> None:
-    """Run the comparisons and write the result file."""
+    """Run the comparisons, write a result file for each model, and compare with the last ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["mini", "qwen"], choices=["mini", "mini-full", "qwen"])
-    parser.add_argument("--kinds", nargs="+", default=["queries", "documents"], choices=["queries", "documents"])
+    parser.add_argument("--models", nargs="+", default=["mini", "qwen"], choices=list(LOADERS))
+    parser.add_argument("--kinds", nargs="+", default=["queries", "documents"], choices=list(KINDS))
+    parser.add_argument("--rows", type=int, nargs="*", default=[], help="rows in a batch, to compare batch sizes")
     parser.add_argument("--texts", type=int, default=None, help="texts in a run (default: 512 for mini, 96 for qwen)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--check", action="store_true", help="fail where a ratio is over 15 %% worse than in the newest result file")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
-    loaders = {"mini": (load_mini, 512), "mini-full": (load_mini_full, 512), "qwen": (load_qwen, 96)}
-    comparisons = []
-    for model in arguments.models:
-        loader, count = loaders[model]
-        for kind in arguments.kinds:
-            comparisons.append(compare(model, loader, kind, arguments.texts or count, arguments.repeats))
-    path = write(
-        "throughput-" + "-".join(arguments.models),
-        {"dtype": "float32", "steps": STEPS, "comparisons": comparisons},
-        folder=arguments.output,
-    )
-    print(f"\nwritten: {path}")
-    print(json.dumps({f"{c['model']} {c['kind']}": round(c["variants"]["engine"]["plain_over_this"], 2) for c in comparisons}))
+    rates, worse = measure(), list[str]()
+    summary: dict[str, float] = {}
+    for model in args.models:
+        theme, found = f"throughput-{model}", []
+        for kind in args.kinds:
+            backbone = LOADERS[model]()
+            limit = (backbone.max_positions or 1 << 20) - STEPS
+            prompts = prompts_of(kind, args.texts or TEXTS[model], len(backbone.table), limit)
+            found.append(compare(Subject(model, kind, prompts, args.repeats, rates), args.rows))
+        before = newest(theme)
+        worse += regressions(found, before[1]) if before is not None else []
+        summary |= {f"{model} {one['kind']}": round(one["variants"][ENGINE]["plain_over_this"], 2) for one in found}
+        path = write(theme, {"dtype": "float32", "steps": STEPS, "rates": vars(rates), "comparisons": found}, folder=args.output)
+        print(f"\nwritten: {path}")
+    for line in worse:
+        print(f"slower than the last stored run: {line}")
+    print(json.dumps(summary))
+    if args.check and worse:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

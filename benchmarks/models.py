@@ -1,0 +1,65 @@
+"""The models that benchmarks of speed run on."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
+
+from genembed import FixedSteps, checkpoint, source
+from genembed.backbone import Backbone, SoftTokenHead
+from genembed.cost import Shape
+from genembed.pooling import Pooling
+from genembed.settings import GIRCSE
+
+MINI = "mini"
+
+
+def load_mini() -> Backbone:
+    """Return the built-in model."""
+    return checkpoint.load(source.resolve(MINI, adapter=None, preset=None, offline=True), device="cpu", dtype="float32").backbone
+
+
+def load_mini_full() -> Backbone:
+    """Return the built-in model with a head that speaks its whole vocabulary, as its first version did."""
+    mini = load_mini()
+    assert mini.trained_head is not None
+    head = SoftTokenHead(mini.hidden_size, len(mini.table))
+    head.dense, head.norm = mini.trained_head.dense, mini.trained_head.norm
+    return Backbone(mini.model, mini.settings, head=head.eval().requires_grad_(False))
+
+
+def load_qwen() -> Backbone:
+    """Return a random model of Qwen2.5-0.5B's shape, with logits neither flat nor one-hot."""
+    config = Qwen2Config(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+        vocab_size=151_936, tie_word_embeddings=True, max_position_embeddings=4096,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    return Backbone(model, GIRCSE)
+
+
+def one_pass(backbone: Backbone) -> Backbone:
+    """Return the same weights as a Causal-EOS embedder."""
+    settings = replace(backbone.settings, pooling=Pooling(kind="last"), halt=FixedSteps(0))
+    return Backbone(backbone.model, settings, head=backbone.trained_head)
+
+
+def shape_of(config: PreTrainedConfig, *, causal: bool = True, spoken: int | None = None) -> Shape:
+    """Count a configuration."""
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return Shape.of(Path(folder), causal=causal, spoken=spoken)
+
+
+def shape_of_backbone(backbone: Backbone) -> Shape:
+    """Count a model as it is read."""
+    return shape_of(backbone.model.config, causal=backbone.settings.attention == "causal", spoken=len(backbone.spoken))
+
+
+LOADERS = {"mini": load_mini, "mini-full": load_mini_full, "qwen": load_qwen}
+"""By the names that command lines take."""
