@@ -29,18 +29,19 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(theme: str, values: dict[str, Any], *, folder: Path = RESULTS) -> Path:
-    """Write a result file and return its path."""
+def write(theme: str, values: dict[str, Any], *, folder: Path = RESULTS, hardware: str | None = None) -> Path:
+    """Write a result file and return its path; `hardware` says what was measured if that is not the processor."""
     about = machine()
+    measured = hardware or f"cpu{about['threads']}"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{theme}_cpu{about['threads']}_{about['date']}.json"
+    path = folder / f"{theme}_{measured}_{about['date']}.json"
     path.write_text(json.dumps({"benchmark": theme, "machine": about, **values}, indent=1) + "\n")
     return path
 
 
 def newest(theme: str) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest result file of a benchmark, whose names end in the date; None if there is none."""
-    paths = sorted(RESULTS.glob(f"{theme}_*.json"), key=lambda path: path.stem.rsplit("_", 1)[-1])
+    """Return the newest result file of a benchmark on a processor, whose names end in the date; None if there is none."""
+    paths = sorted(RESULTS.glob(f"{theme}_cpu*.json"), key=lambda path: path.stem.rsplit("_", 1)[-1])
     return (paths[-1], json.loads(paths[-1].read_text())) if paths else None
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from genembed import cpu
+from genembed import cpu, cuda
 from genembed.attention import ATTENTION_NAME, PackedAttention
 from genembed.cpu import Product
 from genembed.errors import ConfigurationError
@@ -240,7 +240,7 @@ class Backbone:
             hard = hard_token(self.head(hidden.detach()), self.spoken)
             embeddings = hard if embeddings is None else straight_through(hard, embeddings)
         elif embeddings is None:
-            embeddings = self._blocked(hidden)
+            embeddings = self._inferred(hidden)
         return embeddings if self.embedding_scale == 1.0 else embeddings * self.embedding_scale
 
     def pack_weights(self) -> None:
@@ -275,12 +275,18 @@ class Backbone:
             block=BLOCK,
         )
 
-    def _blocked(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
+    def _inferred(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
         head, prepared = self.head, self.head.prepare(hidden)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        logits = [lambda product=product: head.finish(product(prepared)).to(wide) for product, _mix in self._vocabulary_blocks]
+        if cuda.fuses(prepared, head.weight, self.spoken):
+            average, _ = cuda.fused_soft_token(prepared, head.weight, head.bias, self.spoken, self.settings.temperature, head.finish)
+            return average.to(hidden.dtype)
+        return self._blocked(prepared).to(hidden.dtype)
+
+    def _blocked(self, prepared: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
+        finish, wide = self.head.finish, torch.promote_types(prepared.dtype, torch.float32)
+        logits = [lambda product=product: finish(product(prepared)).to(wide) for product, _mix in self._vocabulary_blocks]
         mixes = [mix for _product, mix in self._vocabulary_blocks]
-        return blocked_soft_token(logits, mixes, temperature=self.settings.temperature).to(hidden.dtype)
+        return blocked_soft_token(logits, mixes, temperature=self.settings.temperature)
 
 
 def _plain_product(weight: Tensor, bias: Tensor | None) -> Product:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,6 +115,10 @@ class Scores:
         return gradient if self.scale == 1.0 else gradient * self.scale
 
 
+Forward = Callable[[Tensor, Tensor, Tensor | None, Tensor, float, Scores], tuple[Tensor, Tensor]]
+"""From hidden states, W, b, E, temperature and scores to the average and the log-normaliser, both in at least float32."""
+
+
 def recomputed_soft_token(
     hidden: Float[Tensor, "rows hidden"],
     weight: Float[Tensor, "vocab hidden"],
@@ -123,6 +128,7 @@ def recomputed_soft_token(
     temperature: float = 1.0,
     scores: Scores = Scores(),
     block: int,
+    forward: Forward | None = None,
 ) -> Float[Tensor, "rows hidden"]:
     """Compute `soft_token` of a head's logits, differentiably, keeping nothing that is |V| wide for the backward pass.
 
@@ -142,23 +148,29 @@ def recomputed_soft_token(
         temperature: T, dimensionless, > 0.
         scores: What the family does between products and logits.
         block: Vocabulary entries computed at once.
+        forward: Computes the value otherwise than over blocks, as a fused kernel does.
     """
     check_temperature(temperature)
-    return _Recomputed.apply(hidden, weight, bias, embeddings, temperature, scores, block)  # type: ignore[no-any-return, no-untyped-call]
+    return _Recomputed.apply(hidden, weight, bias, embeddings, temperature, scores, block, forward)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Recomputed(torch.autograd.Function):
-    """Forward with an online softmax over blocks; backward from the blocks computed again."""
+    """Forward in one pass, by default with an online softmax over blocks; backward from the blocks computed again."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, embeddings: Tensor, temperature: float, scores: Scores, block: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        embeddings: Tensor,
+        temperature: float,
+        scores: Scores,
+        block: int,
+        forward: Forward | None,
     ) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        spans = _spans(len(weight), block)
-        logits = [lambda span=span: _logits(hidden, weight, bias, scores, span).to(wide) for span in spans]
-        mixes = [lambda weights, span=span: (weights.to(embeddings.dtype) @ embeddings[span]).to(wide) for span in spans]
-        average, log_normaliser = _online_average(logits, mixes, temperature)
+        compute = forward or partial(_blocked_average, block=block)
+        average, log_normaliser = compute(hidden, weight, bias, embeddings, temperature, scores)
         ctx.save_for_backward(hidden, weight, bias, embeddings, average, log_normaliser)
         ctx.options = temperature, scores, block
         kind = hidden.device.type
@@ -199,7 +211,17 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if d_bias is not None:
             d_bias[span] = d_products.sum(0)
     d_input = None if d_hidden is None else d_hidden.to(hidden.dtype)
-    return d_input, d_weight, d_bias, d_embeddings, None, None, None
+    return d_input, d_weight, d_bias, d_embeddings, None, None, None, None
+
+
+def _blocked_average(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, embeddings: Tensor, temperature: float, scores: Scores, *, block: int
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    spans = _spans(len(weight), block)
+    logits = [lambda span=span: _logits(hidden, weight, bias, scores, span).to(wide) for span in spans]
+    mixes = [lambda weights, span=span: (weights.to(embeddings.dtype) @ embeddings[span]).to(wide) for span in spans]
+    return _online_average(logits, mixes, temperature)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scores: Scores, span: slice) -> Tensor:

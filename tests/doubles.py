@@ -208,13 +208,15 @@ class Schedule:
 
     steps: tuple[int, ...]
     window: int = 0
+    first_row: int = 0
+    """Number of the first text in the caller's list."""
 
     @property
     def max_steps(self) -> int:
         return max(self.steps)
 
     def __call__(self, progress: Progress) -> Tensor:
-        return progress.step >= torch.tensor(self.steps)[progress.index]
+        return progress.step >= torch.tensor(self.steps)[progress.index - self.first_row]
 
 
 def alone(backbone: Backbone, ids: TokenIds, max_steps: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -85,7 +85,7 @@ def test_a_batch_that_does_not_fit_is_split_and_the_results_are_the_same(monkeyp
 
 def test_memory_that_runs_out_after_some_rows_were_finished_loses_and_repeats_none(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(doubles.backbone("qwen2"), Budget(length_ratio=50.0, max_rows=4))
-    later = doubles.Schedule((1,) * 40 + SCHEDULE.steps)
+    later = replace(SCHEDULE, first_row=40)
     expected = run(engine, later, first_row=40)
     append, calls = PackedRows.append, iter(range(1000))
 

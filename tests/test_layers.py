@@ -12,11 +12,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "genembed"
 
 LAYERS = (
     ("errors",),
-    ("halting", "prompt", "soft_token"),
+    ("halting", "prompt", "soft_token", "triton_soft_token"),
     ("pooling",),
     ("settings",),
     ("tokens", "source"),
-    ("attention", "cpu"),
+    ("attention", "cpu", "cuda"),
     ("rows", "packed"),
     ("backbone",),
     ("verify", "refine"),
@@ -27,6 +27,7 @@ LAYERS = (
 
 ALLOWED = {
     "peft": ("checkpoint.py", "train/"),
+    "triton": ("triton_soft_token.py", "cuda.py"),
     "typer": ("cli/",),
     "rich": ("cli/", "index/demo.py"),
     "pyarrow": ("files.py", "index/", "train/"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -51,6 +52,7 @@ def alone(family: str, pooling: str, pool: str, place: int) -> torch.Tensor:
 def assert_engine_is_refine(family: str, pooling: str, pool: str, chosen: Sequence[int], rule: Rule, budget: Budget) -> None:
     prompts: list[TokenIds] = [POOLS[pool][place] for place in chosen]
     seen = []
+    rule = replace(rule, first_row=100) if isinstance(rule, doubles.Schedule) else rule
     for refined in Engine(backbone_of(family, pooling), budget).run(prompts, rule, keep_trajectory=True, first_row=100):
         for place, index in enumerate(refined.index):
             row = int(index) - 100
