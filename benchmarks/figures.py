@@ -92,7 +92,7 @@ def halting_tradeoff(measured: Measured) -> Figure:
         axes.plot(points, [curve[k]["value"] for k in points], "o", color="#0072B2")
         for row in one.table("main"):
             if row["chosen"]:
-                axes.plot(row["steps"], row["quality"]["value"], "*", markersize=13, label=row["rule"])
+                axes.plot(row["steps"], row["quality"]["value"], "*", markersize=13, color="#D55E00", label=row["rule"])
         _finish(axes)
     return figure
 

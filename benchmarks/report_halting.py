@@ -231,7 +231,7 @@ def part_two(results: Measured, pictures: str) -> str:
         "Verdicts": _verdicts(judged, results.model),
         "Main results (table 1)": main_table(results),
         "A certificate from other queries": certified(results),
-        "Quality and compute (figure 2)": f"![quality and compute]({pictures}/halting-tradeoff.png)",
+        "Quality and compute (figure 2)": f"![quality and compute]({pictures}/halting-tradeoff.png)\n\n{_ZOOMED}",
         "Patience (table 2)": patience(results),
         "Where it halts (figure 3)": f"![where it halts]({pictures}/halting-depths.png)",
         "Premises": premises(results),
@@ -253,6 +253,9 @@ of them for the test; here a small model on the whole query sets, five random sp
 the weight of {weight:g} generated states, so its embeddings move little and few steps are needed; the paper's model pools generated
 states alone.
 """
+
+_ZOOMED = """The axes are zoomed: the interval of a level is several points wide, and what these queries can tell are the paired
+differences in the tables."""
 
 _RULES = """Rules (`benchmarks/halting_verdicts.py`): intervals are over queries, paired, at 95 %. C1: the median correlation is at
 least {rising:g}, and above that of random states by more than {beyond:g}. C2: Jaccard@10 above {overlap:g} %, and a positive
