@@ -1,6 +1,6 @@
 """Does the instruction decide what a model says to itself, and what its embedding is about? Claims G8 and G9 of docs/reproduction.md.
 
-    python benchmarks/instructions.py [--model mini] [--untrained FOLDER] [--texts 1500] [--said 150] [--again] [--data ../shared/data]
+    python benchmarks/instructions.py [--model mini] [--untrained FOLDER] [--texts 1200] [--said 100] [--again] [--data ../shared/data]
 
 Tweets with two labels, their topic and the author's stance (SemEval 2016, task 6).
 
@@ -130,8 +130,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mini")
     parser.add_argument("--untrained", help="the same model before training; left out if not given")
-    parser.add_argument("--texts", type=int, default=1_500)
-    parser.add_argument("--said", type=int, default=150, help="texts whose soft tokens are compared")
+    parser.add_argument("--texts", type=int, default=1_200)
+    parser.add_argument("--said", type=int, default=100, help="texts whose soft tokens are compared")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--again", action="store_true", help="measure anew what has a result file")
     args = parser.parse_args()
