@@ -13,10 +13,12 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from evaluation_data import DATA
 from halting_verdicts import LIMIT
 from loops import STEPS, engine_loop
 from models import LOADERS, one_pass, shape_of, shape_of_backbone
@@ -88,12 +90,29 @@ def model_of(name: str, *, repeats: int) -> dict[str, Any]:
     return {"least_tokens_counted": least_length(shape), "rows": rows}
 
 
+def table_6(papers: Path) -> list[dict[str, Any]]:
+    """Return the paper's table 6 beside what the configuration alone gives: operations of linear layers, and weights with the cache."""
+    theirs = json.loads((papers / "tables.json").read_text(encoding="utf-8"))["gircse_table6_cost"]
+    cells = [("one pass", 0, theirs["causal_eos"])]
+    cells += [(way, int(k), own) for way in ("gircse_no_cache", "gircse_cache") for k, own in theirs[way].items()]
+    rows = []
+    for way, steps, own in cells:
+        for tokens, flops, memory in zip((512, 1024, 2048), own["flops"], own["memory"], strict=True):
+            cost = Cost(shape=shape_of(PAPER["Mistral-7B"]), tokens=tokens, steps=steps)
+            ours = {"one pass": cost.linear_one_pass, "gircse_no_cache": cost.linear_recomputed, "gircse_cache": cost.linear_cached}[way]
+            kept = cost.weights_memory + (cost.cache_memory if way == "gircse_cache" else 0)
+            row: dict[str, Any] = {"way": way, "steps": steps, "tokens": tokens, "paper_tflops": flops, "tflops": ours / 1e12}
+            rows.append({**row, "paper_memory": memory, "memory_gib": kept / 2**30})
+    return rows
+
+
 def main() -> None:
     """Measure, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(LENGTHS), choices=list(LENGTHS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--papers", type=Path, default=DATA.parent / "papers", help="folder with the paper's tables.json")
     parser.add_argument("--again", action="store_true", help="measure anew what has a result file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -103,6 +122,8 @@ def main() -> None:
         rows = [{"tokens": length, "counted": counted(shape, length)} for length in COUNTED]
         paper[name] = {"least_tokens_counted": least_length(shape), "rows": rows}
     FOLDER.mkdir(parents=True, exist_ok=True)
+    if (args.papers / "tables.json").is_file():
+        replace_text(FOLDER / "table6.json", json.dumps(table_6(args.papers)) + "\n")
     for name in args.models:
         if is_kept(FOLDER / f"{name}.json", again=args.again):
             continue

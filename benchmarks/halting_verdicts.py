@@ -24,6 +24,8 @@ WEAK = 0.2
 """Correlation that is called none, if 0 is in its interval and this is not."""
 SETS = ("scifact", "cranfield", "cisi", "fiqa_mini")
 """On which halting is judged."""
+TIMED = ("mini", "qwen")
+"""Models whose generation was timed."""
 LIMIT = 1.1
 """Cost of K = 20 that the paper claims, in passes."""
 HALTED = "ConvergeStop M = 2, percentile"
@@ -63,6 +65,8 @@ class Measured:
     instructions: Mapping[str, Any] | None
     cost: tuple[Mapping[str, Any], ...]
     paper: Mapping[str, Any]
+    table6: tuple[Mapping[str, Any], ...] = ()
+    """Rows of GIRCSE's table 6, the paper's and ours."""
 
     @classmethod
     def read(cls, results: Path, model: str) -> Measured:
@@ -73,8 +77,9 @@ class Measured:
             model,
             tuple(SetResult(name, _json(path)) for name, path in halting.items() if path.is_file()),
             _json(told) if told.is_file() else None,
-            tuple(_json(path) for path in sorted((results / "generation_cost").glob("*.json"))),
+            tuple(_json(path) for name in TIMED if (path := results / "generation_cost" / f"{name}.json").is_file()),
             _json(results / "halting" / "paper.json") if (results / "halting" / "paper.json").is_file() else {},
+            tuple(_json(table6)) if (table6 := results / "generation_cost" / "table6.json").is_file() else (),
         )
 
 
