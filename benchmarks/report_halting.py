@@ -26,6 +26,11 @@ CLAIMS = {
     "G9": "the embedding follows the instruction",
 }
 NOT_RUN = "Not run."
+_CERTIFIED = {
+    "jaccard": "loss of Jaccard@10 below {:g} %",
+    "ndcg": "loss of nDCG@10 below {:g} points",
+    "percentile": "nothing: the paper's percentile",
+}
 _WAYS = {"one pass": "one pass", "gircse_no_cache": "without cache", "gircse_cache": "with cache"}
 
 
@@ -77,7 +82,7 @@ def certified(results: Measured) -> str:
         return NOT_RUN
     rows = []
     for row in found["rules"]:
-        bound = "none" if row["bound"] is None else f"{row['chosen_by']} loss < {100 * row['bound']:g} %"
+        bound = _CERTIFIED[row["chosen_by"]].format(100 * (row["bound"] or 0))
         rule = row["rule"]
         halting = f"threshold {rule['threshold']:.6f}, M = {rule['patience']}" if rule["rule"] == "ConvergeStop" else "never halts"
         share = f"{row['seconds_saved']:.0f} % of {row['seconds_ceiling']:.0f} %"

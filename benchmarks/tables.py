@@ -16,7 +16,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from halting_verdicts import Measured
 from markdown import table
+from report_halting import certified as certified_section
 from results_file import RESULTS, newest
 
 README = Path(__file__).parents[1] / "README.md"
@@ -111,6 +113,13 @@ def quality() -> str:
     return f"{_source(path)}\n\n{table(heads, rows)}"
 
 
+def certified() -> str:
+    """Halting rules chosen on other queries than they are measured on."""
+    results = Measured.read(RESULTS, "mini")
+    path = RESULTS / "halting" / "mini-scifact.json"
+    return f"[result file](benchmarks/results/halting/{path.name}): {certified_section(results)}"
+
+
 MODELS = {
     "mini": ("", "mini-seed-*"),
     "fine-tuned, mean of the prompt (Bidirectional-Avg)": ("bidirectional_avg-*",),
@@ -191,6 +200,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "scifact": scifact,
     "gates": gates,
     "quality": quality,
+    "certified": certified,
     "trained": trained,
     "training": training,
     "calibration": calibration,
