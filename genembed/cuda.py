@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -10,12 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from genembed.soft_token import Scores, check_temperature
+from genembed.errors import GenembedWarning
+from genembed.soft_token import Scores, check_temperature, soft_token
 
 MOST_ROWS = 32
 """Rows the kernel is chosen for."""
 
 _MERGED_COLUMNS = 64
+_TOLERANCE = 0.02
+"""Of an average of entries of size 1, with shares in half precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +86,28 @@ def fuses(hidden: Float[Tensor, "rows hidden"], weight: Float[Tensor, "vocab hid
         and embeddings.is_contiguous()
         and _has_triton()
         and _tiling(hidden, weight, embeddings) is not None
+        and works(hidden.device, hidden.dtype)
     )
+
+
+@cache
+def works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel runs on a device and gives what the plain products give; tried once, before it is trusted.
+
+    Where it does not, a warning says so and the plain products are used.
+    """
+    draws = torch.Generator().manual_seed(0)
+    hidden, table = (torch.randn(size, 128, generator=draws).to(device, dtype) for size in (3, 1_000))
+    try:
+        found = fused_soft_token(hidden, table, None, table, 1.0, Scores(scale=0.1))[0]
+        expected = soft_token((hidden.float() @ table.float().T) * 0.1, table.float())
+        wrong = (found - expected).abs().max().item()
+        reason = f"it differs from the plain products by {wrong:.2g}" if not wrong <= _TOLERANCE else None
+    except Exception as error:  # noqa: BLE001 - a compiler's and a driver's errors are of many kinds, and have no class in common
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if reason is not None:
+        warnings.warn(f"the fused soft token does not work on {device} and is left out ({reason}).", GenembedWarning, stacklevel=2)
+    return reason is None
 
 
 def fused_soft_token(

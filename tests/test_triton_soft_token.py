@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +18,8 @@ import torch
 
 from genembed import cuda
 from genembed.cuda import Tiling, fuses, tiling
-from genembed.soft_token import Scores
+from genembed.errors import GenembedWarning
+from genembed.soft_token import Scores, soft_token
 
 HOPPER = 232_448
 """Bytes of shared memory a program may have on an H100 or H200."""
@@ -155,6 +158,7 @@ def test_the_kernel_is_for_few_rows_of_half_precision_on_cuda(monkeypatch: pytes
     weight = torch.zeros(8, 128, dtype=torch.bfloat16)
     assert not fuses(torch.zeros(1, 128, dtype=torch.bfloat16), weight, weight)  # on a CPU
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(cuda, "works", lambda *_: True)
     for rows, dtype, table in (
         (0, torch.bfloat16, weight),
         (33, torch.bfloat16, weight),
@@ -167,3 +171,36 @@ def test_the_kernel_is_for_few_rows_of_half_precision_on_cuda(monkeypatch: pytes
         assert fuses(torch.zeros(rows, 128, dtype=torch.bfloat16), weight, weight)
     monkeypatch.setattr(cuda, "_has_triton", lambda: False)
     assert not fuses(torch.zeros(1, 128, dtype=torch.bfloat16), weight, weight)
+
+
+@pytest.fixture
+def _untried() -> Iterator[None]:
+    cuda.works.cache_clear()
+    yield
+    cuda.works.cache_clear()
+
+
+@pytest.mark.usefixtures("_untried")
+def test_a_kernel_that_cannot_be_launched_is_left_out_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a compiler's error in the middle of somebody's work, and against a fallback that nobody hears of."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(cuda, "fused_soft_token", broken)
+    with pytest.warns(GenembedWarning, match=r"does not work on cpu and is left out \(RuntimeError: no such instruction\)"):
+        assert not cuda.works(torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.usefixtures("_untried")
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_a_kernel_is_trusted_if_it_gives_what_the_plain_products_give(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def computed(
+        hidden: torch.Tensor, weight: torch.Tensor, _: None, table: torch.Tensor, temperature: float, scores: Scores
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = scores(hidden.float() @ weight.float().T)
+        return factor * soft_token(logits, table.float(), temperature=temperature), logits
+
+    monkeypatch.setattr(cuda, "fused_soft_token", computed)
+    with nullcontext() if factor == 1.0 else pytest.warns(GenembedWarning, match="differs from the plain products by 0"):
+        assert cuda.works(torch.device("cpu"), torch.bfloat16) is (factor == 1.0)
