@@ -110,7 +110,7 @@ def _read_all(backbone: Backbone, rows: CachedRows, batch: TokenBatch, embedding
 
 def int8_of(model: str) -> Backbone:
     """Load a model and round its linear layers' weights to eight bits, one scale a row."""
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_  # type: ignore[import-untyped]
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     backbone = genembed.load(model).backbone
     for part in {id(one): one for one in (backbone.model, backbone.stepper)}.values():
