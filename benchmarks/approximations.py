@@ -85,11 +85,11 @@ def jacobi(backbone: Backbone, batch: TokenBatch, *, passes: int) -> Float[Tenso
     d_1 = soft(h_0);   d_k^(0) = d_1;   h^(j) = f([X; d_1 .. d_K^(j-1)]),   d_(k+1)^(j) = soft(h_k^(j))
     """
     rows = CachedRows(backbone, batch)
-    first, length = backbone.next_embeddings(rows.last_hidden), batch.mask.shape[1]
+    first = backbone.next_embeddings(rows.last_hidden)
     guess = first[:, None].expand(-1, STEPS, -1)
     for place in range(passes):
         states = _read_all(backbone, rows, batch, guess)
-        rows.cache.crop(length)
+        rows.cache.crop(-STEPS)
         if place + 1 < passes:
             later = backbone.next_embeddings(states[:, :-1].flatten(0, 1)).unflatten(0, (len(states), STEPS - 1))
             guess = torch.cat([first[:, None], later], dim=1)
