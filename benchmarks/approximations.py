@@ -9,7 +9,6 @@ Through the reference loop, K = 20, beside the exact result:
 - `Jacobi`        all 20 positions are guessed (each the first soft token) and read in one pass, J times, each soft token taken from the
                   pass before: the first J positions are exact, the others converge
 - `bfloat16`      weights and activations in half precision, pooling in float32
-- `int8`          weights of all linear layers and of the vocabulary rounded to 8 bits, by torchao
 
 Cosine with the exact embedding (mean, and the worst of all texts), quality on small parts of SciFact and STS-B, seconds for one query
 and for eight in a batch, in turns.
@@ -24,7 +23,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -108,16 +106,6 @@ def _read_all(backbone: Backbone, rows: CachedRows, batch: TokenBatch, embedding
     return backbone.forward(embeddings, positions=positions, mask=mask, cache=rows.cache, generated=True)
 
 
-def int8_of(model: str) -> Backbone:
-    """Load a model and round its linear layers' weights to eight bits, one scale a row."""
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    backbone = genembed.load(model).backbone
-    for part in {id(one): one for one in (backbone.model, backbone.stepper)}.values():
-        quantize_(part, Int8WeightOnlyConfig())
-    return backbone
-
-
 def approximations(model: str) -> list[Approximation]:
     """Return what is compared, the exact one first."""
     exact = genembed.load(model).backbone
@@ -126,10 +114,6 @@ def approximations(model: str) -> list[Approximation]:
     found += [Approximation(f"top-{k}", partial(top_k, kept=k), exact) for k in (16, 64, 256)]
     found += [Approximation(f"Jacobi, {j} passes", partial(jacobi, passes=j), exact) for j in (1, 2, 3, 5)]
     found.append(Approximation("bfloat16", fixed, genembed.load(model, dtype="bfloat16").backbone))
-    if util.find_spec("torchao") is None:
-        print("int8 is left out: pip install torchao")
-    else:
-        found.append(Approximation("int8", fixed, int8_of(model)))
     return found
 
 

@@ -40,6 +40,19 @@ settings.register_profile(
 settings.load_profile("genembed")
 
 
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def benchmarks() -> Iterator[Path]:
+    """Make the scripts of `benchmarks/` importable for a file of tests; they come with the repository, not with the package."""
+    if not BENCHMARKS.is_dir():
+        pytest.skip("the benchmarks are not here: they come with the repository, not with the package")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield BENCHMARKS
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
