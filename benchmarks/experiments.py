@@ -28,6 +28,8 @@ LARGE_BATCH = 2
 """How many times the pairs of a batch, under GradCache."""
 GATHER, PROCESSES = "gather", 2
 """The option that trains in several processes, from one seed: it is to give what one process gives with the same pairs."""
+EVERYWHERE = "gircse-everywhere"
+"""GIRCSE over the encoder with the adapter on the prompt too, as the one-pass models have it."""
 NARROW = 64
 """Leading dimensions that are measured beside the whole vector, and trained by the Matryoshka option."""
 
@@ -77,6 +79,8 @@ class Family:
     """Measured beside the trained ones."""
     options: dict[str, Recipe]
     """What is measured beside GIRCSE, at half the updates."""
+    variants: dict[str, Recipe]
+    """Other ways to train GIRCSE, at the full number of updates and from one seed."""
     update_seconds: tuple[float, float]
     """Of a one-pass model, and of each step of GIRCSE beside its first pass."""
     frozen_prompt: float = 1.0
@@ -122,6 +126,7 @@ def _decoder(gircse: Recipe, mini: Recipe) -> Family:
             measured(name="eos-stage", model=gircse.model, read=after_end),
         ),
         options=_options(_at(gircse, SIZES["-half"], 0), teacher=mini.model, reading=replace(_prefix(mini), halt=FixedSteps(0))),
+        variants={},
         update_seconds=(0.55, 0.1),
         measure_seconds=25.0,
         start_seconds=15.0,
@@ -170,6 +175,7 @@ def _mini(long: Recipe, files: tuple[DataFile, ...]) -> Family:
         generating={"bidirectional-avg": average, "last-token": last},
         untrained=(Experiment(backbone="mini", name="untrained", parts=("ablation",), recipe=untrained, read=settings, seconds=120.0),),
         options={},
+        variants={EVERYWHERE: replace(gircse, settings=average)},
         update_seconds=(1.5, 0.12),
         frozen_prompt=0.4,
         measure_seconds=60.0,
@@ -230,10 +236,12 @@ def _sized(family: Family, ending: str, share: float, seed: int) -> Iterator[Exp
 
 
 def _rows(family: Family, seed: int) -> Iterator[Experiment]:
-    """Yield the rows of the paper's table 3 that are neither the baseline nor the whole method."""
+    """Yield the rows of the paper's table 3 that are neither the baseline nor the whole method, and what varies it."""
     full = replace(family.gircse, seed=seed)
     yield _trained(family, "gen", replace(full, objective=_last_step(full.objective)), ("ablation",))
     yield _trained(family, "gen-sl", replace(full, objective=replace(full.objective, regulariser=0.0)), ("ablation",))
+    for name, recipe in family.variants.items() if seed == SEEDS[0] else ():
+        yield _trained(family, name, recipe, ("ablation",))
 
 
 def _trained(family: Family, name: str, recipe: Recipe, parts: tuple[str, ...], *, read: ModelSettings | None = None) -> Experiment:

@@ -15,6 +15,7 @@ from genembed.backbone import Backbone
 from genembed.errors import ConfigurationError, NonFiniteError, OutOfMemoryError
 from genembed.halting import HaltingRule, Progress
 from genembed.packed import PackedRows, PrefixCache, SharedPrefix
+from genembed.parallel import ParallelRows
 from genembed.pooling import accumulation_dtype
 from genembed.refine import step
 from genembed.rows import CachedRows
@@ -38,7 +39,7 @@ class Budget:
     kept_prefixes: int = 8
     """Instructions whose keys and values are kept for later calls; 0 keeps none."""
     pack_weights: bool = True
-    """On CPU in float32, keep a packed copy of the weights: faster, for the memory of the copy."""
+    """On CPU in float32 or bfloat16, keep a packed copy of the weights: faster, for the memory of the copy."""
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -111,6 +112,10 @@ class Engine:
         """
         self.backbone.check_halt(halt)
         self._check_positions(prompts, halt)
+        passes = self.backbone.settings.parallel_passes
+        if passes and not self.backbone.packable:
+            name = type(self.backbone.model).__name__
+            raise ConfigurationError(f"parallel_passes={passes}: {name} is read in padded batches, step by step; use parallel_passes=0.")
         job = _Job(prompts, halt, self._shared_prefix(prompts, shared), keep_trajectory, first_row)
         for group in _similar_lengths(job, self.budget.length_ratio):
             yield from self._run_group(job, group)
@@ -196,7 +201,8 @@ class _DecodeBatch:
         self.backbone, self.budget = engine.backbone, engine.budget
         self.job, self.prompts, self.halt = job, job.prompts, job.halt
         self.max_rows, self.capacity = max_rows, capacity if job.halt.max_steps else 0
-        self.rows: PackedRows | CachedRows | None = None
+        self.passes = self.backbone.settings.parallel_passes if job.halt.max_steps else 0
+        self.rows: PackedRows | ParallelRows | CachedRows | None = None
         self.progress: Progress | None = None
         self.log = _StepLog(self.backbone, max_rows, job.halt.max_steps, job.keep_trajectory)
 
@@ -216,9 +222,15 @@ class _DecodeBatch:
             return self._collect()
         assert self.progress is not None
         assert self.rows is not None
-        self.progress, cosine = step(self.backbone, self.rows, self.progress)
+        self.progress, cosine = self._step(self.rows, self.progress)
         self.log.record(self.progress, cosine)
         return self._collect()
+
+    def _step(self, rows: PackedRows | ParallelRows | CachedRows, progress: Progress) -> tuple[Progress, Float[Tensor, "rows"]]:
+        if not isinstance(rows, ParallelRows):
+            return step(self.backbone, rows, progress)
+        rows.advance()
+        return self.backbone.settings.pooling.advance(progress, rows.last_hidden)
 
     def _may_admit(self, waiting: int) -> bool:
         if not waiting:
@@ -252,10 +264,15 @@ class _DecodeBatch:
             self.rows = CachedRows(self.backbone, TokenBatch.pad(prompts, side=side, device=self.backbone.device))
             return self.rows.mean_hidden, self.rows.last_hidden
         if self.rows is None:
-            self.rows = PackedRows(self.backbone, max_rows=self.max_rows, max_tokens=self.capacity, prefix=self.job.prefix)
-        assert isinstance(self.rows, PackedRows)
+            self.rows = self._no_rows()
+        assert not isinstance(self.rows, CachedRows)
         self.rows.admit(prompts)
         return self.rows.mean_hidden, self.rows.last_hidden[-len(prompts) :]
+
+    def _no_rows(self) -> PackedRows | ParallelRows:
+        if self.passes:
+            return ParallelRows(self.backbone, steps=self.halt.max_steps, passes=self.passes, prefix=self.job.prefix)
+        return PackedRows(self.backbone, max_rows=self.max_rows, max_tokens=self.capacity, prefix=self.job.prefix)
 
     def _collect(self) -> Refined | None:
         """Take out the rows the rule calls finished, and close the gaps they leave."""
@@ -268,7 +285,7 @@ class _DecodeBatch:
         refined = self._finish(finished.nonzero()[:, 0])
         keep = surviving_order(finished)
         self.log.select(keep)
-        if len(keep) or isinstance(self.rows, PackedRows):
+        if len(keep) or not isinstance(self.rows, CachedRows):
             self.rows.select(keep)
         self.progress = self.progress.select(keep) if len(keep) else None
         return refined

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from genembed.attention import attend, wide_softmax
@@ -69,6 +69,7 @@ class PackedRows:
         self._values: dict[int, Float[Tensor, "slots kv_heads tokens head_dim"]] = {}
         self._groups: list[_Group] | None = None
         self._used = 0
+        self._ahead = 0
         self._mask: Tensor | None = None
 
     def __len__(self) -> int:
@@ -103,6 +104,16 @@ class PackedRows:
         self.last_hidden = self.backbone.forward_packed(embeddings, self.lengths + self.prefix_length, rows=self, generated=True)
         self.lengths = self.lengths + 1
 
+    def read_ahead(self, embeddings: Float[Tensor, "rows steps hidden"]) -> Float[Tensor, "rows steps hidden"]:
+        """Read several positions after every row without adding them: each sees its row, and those of them that are before it."""
+        self._ahead = embeddings.shape[1]
+        positions = self.lengths[:, None] + self.prefix_length + torch.arange(self._ahead, device=self.lengths.device)
+        try:
+            states = self.backbone.forward_packed(embeddings.flatten(0, 1), positions.flatten(), rows=self, generated=True)
+        finally:
+            self._ahead = 0
+        return states.reshape(embeddings.shape)
+
     def select(self, keep: Int[Tensor, "kept"]) -> None:
         """Keep only the rows `keep`, in that order. A row that keeps its place costs nothing."""
         place = torch.arange(len(keep), device=keep.device)
@@ -129,6 +140,8 @@ class PackedRows:
             sliding_window = None  # a prompt that sees all of itself has no window, and neither has the reference loop
         if self._groups is not None:
             return self._attend_prompts(layer, query, key, value, scale, sliding_window, softcap)
+        if self._ahead:
+            return self._attend_ahead(layer, query, key, value, scale, sliding_window, softcap)
         return self._attend_step(layer, query, key, value, scale, sliding_window, softcap)
 
     def share(self, prefix: TokenIds) -> SharedPrefix:
@@ -180,6 +193,31 @@ class PackedRows:
         slots = slice(group.row, group.row + group.count)
         self._keys[layer][slots, :, : group.length] = key
         self._values[layer][slots, :, : group.length] = value
+
+    def _attend_ahead(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        rows, steps = len(self), self._ahead
+        q, k, v = (part.unflatten(1, (rows, steps)).transpose(0, 1) for part in (query, key, value))
+        keys, values = [self._keys[layer][:rows, :, : self._used], k], [self._values[layer][:rows, :, : self._used], v]
+        if self.prefix is not None:
+            keys.insert(0, self.prefix.keys[layer].expand(rows, -1, -1, -1))
+            values.insert(0, self.prefix.values[layer].expand(rows, -1, -1, -1))
+        # Plain products: what a short row's slot holds behind it may be NaN, which a fused mask that is added would not hide.
+        out = attend(q, torch.cat(keys, dim=2), torch.cat(values, dim=2), self._ahead_mask(window), scale, softcap, fused=False)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    def _ahead_mask(self, window: int | None) -> Bool[Tensor, "rows 1 steps keys"]:
+        """Tell which keys each position read ahead sees: the shared prefix, its row's own, and those read with it up to itself."""
+        ends = self.lengths[:, None]
+        prefix, own, new = (torch.arange(n, device=ends.device) for n in (self.prefix_length, self._used, self._ahead))
+        places = torch.cat([(prefix - self.prefix_length).expand(len(ends), -1), own.expand(len(ends), -1), ends + new], dim=1)
+        written = torch.cat([prefix.new_ones(len(ends), len(prefix)), own < ends, new.new_ones(len(ends), len(new))], dim=1).bool()
+        at = (ends + new)[:, :, None]
+        visible = written[:, None] & (places[:, None] <= at)
+        if window is not None:
+            visible &= places[:, None] > at - window
+        return visible[:, None]
 
     def _attend_step(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None

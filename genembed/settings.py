@@ -56,6 +56,9 @@ class ModelSettings:
     adapter_positions: Literal["all", "generated"] = "all"
     """Whether the adapter works on every position, or on generated ones only, so that the prompt is read by the
     unchanged base model."""
+    parallel_passes: int = 0
+    """0: one soft token after the other, exactly. J: all of them at once, in J passes (`genembed.parallel`); several times faster for
+    a text at a time, and slower in large batches."""
 
     def __post_init__(self) -> None:
         """Check each value and the combinations that cannot work."""
@@ -69,6 +72,8 @@ class ModelSettings:
             raise ConfigurationError(f"max_length={self.max_length}: at least one token is needed.")
         if self.tokens == "hard" and self.temperature != 1.0:
             raise ConfigurationError("temperature has no effect with tokens='hard': the likeliest token does not depend on it.")
+        if self.parallel_passes and self.attention == "bidirectional":
+            raise ConfigurationError(f"parallel_passes={self.parallel_passes} has no effect: bidirectional attention generates nothing.")
         self.check_halt(self.halt)
 
     def _check_types(self) -> None:
@@ -83,6 +88,8 @@ class ModelSettings:
                 raise ConfigurationError(f"{name}={value!r}: a string is needed.")
         if not isinstance(self.max_length, int):
             raise ConfigurationError(f"max_length={self.max_length!r}: a whole number of tokens is needed.")
+        if not isinstance(self.parallel_passes, int) or isinstance(self.parallel_passes, bool) or self.parallel_passes < 0:
+            raise ConfigurationError(f"parallel_passes={self.parallel_passes!r}: a whole number is needed; 0 refines step by step.")
         if self.special_tokens not in ("tokenizer", "eos") and not _is_pair_of_names(self.special_tokens):
             raise ConfigurationError(
                 f"special_tokens={self.special_tokens!r}: 'tokenizer', 'eos', or names before and after, as [['[CLS]'], ['[SEP]']]."

@@ -13,7 +13,7 @@ from torch import nn
 
 import doubles
 from genembed import Embedder, cpu, load
-from genembed.engine import Engine
+from genembed.engine import Budget, Engine
 
 LAYER = nn.Linear(48, 40)
 needs_packing = pytest.mark.skipif(not cpu.packable(LAYER.weight), reason="this Torch has no oneDNN packing")
@@ -65,10 +65,44 @@ def test_gradients_still_flow_through_a_packed_layer() -> None:
     torch.testing.assert_close(model[0].weight.grad, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_only_float32_is_packed(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_dtypes_are_not_packed(dtype: torch.dtype) -> None:
     assert not cpu.packable(LAYER.weight.to(dtype))
     assert cpu.pack_linear_layers(small_model().to(dtype)) == 0
+
+
+def test_bfloat16_is_packed_where_the_processor_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
+    assert not cpu.packable(LAYER.weight.bfloat16())
+    assert cpu.pack_linear_layers(small_model().bfloat16()) == 0
+
+
+@needs_packing
+@pytest.mark.skipif(not cpu.multiplies_bfloat16(), reason="this processor has no products of bfloat16")
+@pytest.mark.parametrize("rows", [1, 3, 128])
+def test_a_packed_product_of_bfloat16_is_as_close_to_the_exact_one_as_the_plain_layer(rows: int) -> None:
+    model, inputs = small_model(), torch.randn(rows, 48)
+    with torch.inference_mode():
+        exact, half = model.double()(inputs.double()), model.bfloat16()
+        plain = (half(inputs.bfloat16()) - exact).abs().max()
+        assert cpu.pack_linear_layers(half) == 2
+        found = half(inputs.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert (found - exact).abs().max() <= 1.5 * plain
+
+
+@needs_packing
+@pytest.mark.skipif(not cpu.multiplies_bfloat16(), reason="this processor has no products of bfloat16")
+def test_packed_bfloat16_is_as_close_to_float64_as_plain_bfloat16(
+    folder_of: Callable[..., Any], embedder_of: Callable[..., Embedder]
+) -> None:
+    texts = ["What is a business trip?", "x", "A language model refines the vector of a text."]
+    exact, folder = embedder_of("qwen2").encode(texts, steps=2), folder_of("qwen2")
+    packed, plain = (load(folder, dtype="bfloat16", budget=Budget(pack_weights=pack)) for pack in (True, False))
+    assert packed.backbone._vocabulary_is_packed
+    assert not plain.backbone._vocabulary_is_packed
+    errors = [np.abs(one.encode(texts, steps=2) - exact).max() for one in (packed, plain)]
+    assert errors[0] <= 2 * errors[1]
 
 
 def wrong(*_: Any) -> torch.Tensor:

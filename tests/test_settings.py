@@ -24,6 +24,7 @@ OTHER = ModelSettings(
     padding_side="right",
     max_length=77,
     adapter_positions="generated",
+    parallel_passes=2,
 )
 """Differs from the defaults in every field but `tokens`."""
 
@@ -93,6 +94,13 @@ def test_a_value_that_cannot_be_is_refused_with_the_files_name(value: dict[str, 
         ({"attention": "full"}, "attention='full': choose one of causal, prefix, bidirectional"),
         ({"tokens": "medium"}, "tokens='medium': choose one of soft, hard"),
         ({"padding_side": "both"}, "padding_side='both': choose one of left, right"),
+        ({"parallel_passes": -1}, "parallel_passes=-1: a whole number is needed; 0 refines step by step"),
+        ({"parallel_passes": 1.5}, "parallel_passes=1.5: a whole number"),
+        ({"parallel_passes": True}, "parallel_passes=True: a whole number"),
+        (
+            {"attention": "bidirectional", "pooling": Pooling(kind="mean"), "halt": FixedSteps(0), "parallel_passes": 2},
+            "parallel_passes=2 has no effect: bidirectional attention generates nothing",
+        ),
         ({"adapter_positions": "some"}, "adapter_positions='some': choose one of all, generated"),
         ({"temperature": 0.0}, "temperature=0.0: must be positive; for the single likeliest token use tokens='hard'"),
         ({"max_length": 0}, "max_length=0: at least one token is needed"),

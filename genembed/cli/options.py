@@ -35,6 +35,9 @@ class LoadOptions:
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto"
     dtype: Annotated[str, typer.Option(help="auto, float32, float64, bfloat16, float16.")] = "auto"
     offline: Annotated[bool, typer.Option("--offline", help="Never touch the network.")] = False
+    parallel_passes: Annotated[
+        int | None, typer.Option(help="Refine all steps at once in so many passes, approximately: faster for a text at a time.")
+    ] = None
 
     def load(self, model: str, *, adapter: str | None = None, preset: str | genembed.ModelSettings | None = None) -> genembed.Embedder:
         """Load the model, with a note on a terminal, as the first import of Torch takes seconds.
@@ -54,6 +57,7 @@ class LoadOptions:
                 device=self.device,
                 dtype=self.dtype,
                 offline=self.offline,
+                parallel_passes=self.parallel_passes,
             )
         finally:
             typer.echo("\r" + " " * len(note) + "\r" if note else "", err=True, nl=False)

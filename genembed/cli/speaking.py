@@ -30,6 +30,8 @@ def tokens(
     """Show the likeliest tokens of every soft token, and which are new in steps 1-5, 6-10 and 11-20."""
     from genembed.spoken import spoken_tokens
 
+    if loading.parallel_passes is not None:
+        raise ConfigurationError(f"--parallel-passes {loading.parallel_passes} has no effect here: what is shown is each exact step.")
     embedder = loading.load(model)
     said = {"trained": spoken_tokens(embedder, text, instruction=instruction, steps=steps, top=top)}
     if before:

@@ -206,8 +206,9 @@ class Index:
 
 
 def fingerprint(embedder: Embedder) -> str:
-    """Hash what decides a model's vectors: its settings, without the halting rule, and samples of its weight files."""
-    settings = {name: value for name, value in embedder.settings.to_json().items() if name not in ("halt", "query_instruction")}
+    """Hash what decides a model's vectors: samples of its weight files, and its settings without those that only bring them closer."""
+    free = ("halt", "query_instruction", "parallel_passes")
+    settings = {name: value for name, value in embedder.settings.to_json().items() if name not in free}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     source = embedder.source
     folders = [folder for folder in (source.base, source.adapter) if folder is not None]
