@@ -2,16 +2,17 @@
 
     python benchmarks/approximations.py [--model mini] [--threads 2] [--data ../shared/data]
 
-Through the reference loop, K = 20, beside the exact result:
+K = 20 in the engine, beside the exact result:
 
-- `fewer steps`   exact, but K = 3, 5 or 10: what any approximation has to beat
-- `top-k`         the soft token averages the k likeliest tokens alone; in the table the mass that is dropped
-- `Jacobi`        all 20 positions are guessed (each the first soft token) and read in one pass, J times, each soft token taken from the
-                  pass before: the first J positions are exact, the others converge
-- `bfloat16`      weights and activations in half precision, pooling in float32
+- `fewer steps`   exact, but K = 3, 5 or 10, and the model's own halting rule: what any approximation has to beat
+- `parallel`      all 20 positions are guessed and read in one pass, J times, each soft token taken from the pass before (Jacobi's
+                  iteration, `parallel_passes=J`): the first J positions are exact, the others converge
+- `bfloat16`      weights and activations in half precision, pooling in float32; and both together
+- `top-k`         the soft token averages the k likeliest tokens alone; in the table the mass that is dropped. No option of the engine:
+                  a loop of this file, timed beside the same loop over all tokens
 
-Cosine with the exact embedding (mean, and the worst of all texts), quality on small parts of SciFact and STS-B, seconds for one query
-and for eight in a batch, in turns.
+Cosine with the exact embedding (mean, and the worst of all texts), quality on small parts of SciFact and STS-B, and the time of one query
+and of batches, in turns. 8-bit weights: benchmarks/int8.py.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,125 +32,99 @@ import torch
 from evaluation_data import DATA
 from jaxtyping import Float
 from markdown import table
-from results_file import write
+from results_file import machine, write
 from small_sets import test_sets
-from torch import Tensor
 
 import genembed
-from genembed import Embedder
-from genembed.backbone import Backbone
-from genembed.refine import refine
-from genembed.rows import CachedRows, additive
-from genembed.tokens import TokenBatch
+from genembed import Embedder, FixedSteps
+from genembed.halting import HaltingRule
+from genembed.rows import CachedRows
+from genembed.tokens import TokenBatch, TokenIds
 
-STEPS, BATCH, TURNS = 20, 16, 7
-BATCHES = (1, 8)
+STEPS, TURNS = 20, 9
+BATCHES = (1, 8, 64)
+PADDED = 32
+"""Texts in a batch of the loop outside the engine."""
 
-Method = Callable[[Backbone, TokenBatch], Float[Tensor, "rows hidden"]]
+Vectors = Float[np.ndarray, "texts hidden"]
 
 
 @dataclass(frozen=True)
-class Approximation:
-    """A way to an embedding, and the weights it runs on."""
+class Way:
+    """A way from prompts to embeddings."""
 
     name: str
-    method: Method
-    backbone: Backbone
+    run: Callable[[Sequence[TokenIds]], Vectors]
+    reference: str = "exact"
+    """The way whose time it is compared with."""
+    dropped: list[float] = field(default_factory=list)
+    """Mass that each soft token left out."""
 
 
-def fixed(backbone: Backbone, batch: TokenBatch, *, steps: int = STEPS) -> Float[Tensor, "rows hidden"]:
-    """Refine exactly."""
-    return refine(backbone, batch, steps=steps)[:, -1]
+def in_engine(embedder: Embedder, rule: HaltingRule, prompts: Sequence[TokenIds]) -> Vectors:
+    """Refine in the engine."""
+    found = np.zeros((len(prompts), embedder.get_embedding_dimension()), dtype=np.float32)
+    for done in embedder.engine.run(prompts, rule):
+        found[done.index] = done.vectors
+    return found
 
 
-def top_k(backbone: Backbone, batch: TokenBatch, *, kept: int, dropped: list[float] | None = None) -> Float[Tensor, "rows hidden"]:
-    """Refine with soft tokens over the likeliest tokens alone, their shares made to sum to one."""
+@torch.inference_mode()
+def outside(embedder: Embedder, kept: int | None, dropped: list[float], prompts: Sequence[TokenIds]) -> Vectors:
+    """Refine padded batches, with soft tokens over the `kept` likeliest tokens alone, their shares made to sum to one."""
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    found = np.zeros((len(prompts), embedder.get_embedding_dimension()), dtype=np.float32)
+    for start in range(0, len(order), PADDED):
+        chosen = order[start : start + PADDED]
+        found[chosen] = _padded(embedder, kept, dropped, TokenBatch.pad([prompts[row] for row in chosen]))
+    return found
+
+
+def _padded(embedder: Embedder, kept: int | None, dropped: list[float], batch: TokenBatch) -> Vectors:
+    backbone = embedder.backbone
     rows = CachedRows(backbone, batch)
     progress = backbone.settings.pooling.start(batch.index, rows.last_hidden, rows.mean_hidden, window=0)
     for _ in range(STEPS):
-        logits = backbone.head(rows.last_hidden).float() / backbone.settings.temperature
-        best = logits.topk(kept)
-        if dropped is not None:
+        if kept is None:
+            rows.append(backbone.next_embeddings(rows.last_hidden))
+        else:
+            logits = backbone.head(rows.last_hidden).float() / backbone.settings.temperature
+            best = logits.topk(kept)
             dropped += (1 - (best.values.logsumexp(-1) - logits.logsumexp(-1)).exp()).tolist()
-        shares = torch.softmax(best.values, dim=-1).to(backbone.dtype)
-        rows.append(torch.einsum("rk,rkd->rd", shares, backbone.spoken[best.indices]) * backbone.embedding_scale)
+            rows.append(torch.einsum("rk,rkd->rd", torch.softmax(best.values, dim=-1), backbone.spoken[best.indices]))
         progress, _ = backbone.settings.pooling.advance(progress, rows.last_hidden)
-    return progress.embedding
+    return progress.embedding.float().numpy()
 
 
-def jacobi(backbone: Backbone, batch: TokenBatch, *, passes: int) -> Float[Tensor, "rows hidden"]:
-    """Guess all soft tokens, read them in one pass, and correct them from what was read, `passes` times.
-
-    d_1 = soft(h_0);   d_k^(0) = d_1;   h^(j) = f([X; d_1 .. d_K^(j-1)]),   d_(k+1)^(j) = soft(h_k^(j))
-    """
-    rows = CachedRows(backbone, batch)
-    first = backbone.next_embeddings(rows.last_hidden)
-    guess = first[:, None].expand(-1, STEPS, -1)
-    for place in range(passes):
-        states = _read_all(backbone, rows, batch, guess)
-        rows.cache.crop(-STEPS)
-        if place + 1 < passes:
-            later = backbone.next_embeddings(states[:, :-1].flatten(0, 1)).unflatten(0, (len(states), STEPS - 1))
-            guess = torch.cat([first[:, None], later], dim=1)
-    progress = backbone.settings.pooling.start(batch.index, rows.last_hidden, rows.mean_hidden, window=0)
-    for k in range(STEPS):
-        progress, _ = backbone.settings.pooling.advance(progress, states[:, k])
-    return progress.embedding
-
-
-def _read_all(backbone: Backbone, rows: CachedRows, batch: TokenBatch, embeddings: Float[Tensor, "rows steps hidden"]) -> Tensor:
-    """Read generated positions at once: each sees the prompt and those before it."""
-    steps = embeddings.shape[1]
-    seen = torch.cat([batch.mask[:, None].expand(-1, steps, -1), torch.ones(len(batch.mask), steps, steps, dtype=torch.bool).tril()], dim=2)
-    positions = batch.mask.sum(-1, keepdim=True) + torch.arange(steps)
-    mask = additive(seen[:, None], embeddings.dtype)
-    return backbone.forward(embeddings, positions=positions, mask=mask, cache=rows.cache, generated=True)
-
-
-def approximations(model: str) -> list[Approximation]:
+def ways_of(model: str) -> list[Way]:
     """Return what is compared, the exact one first."""
-    exact = genembed.load(model).backbone
-    found = [Approximation("exact", fixed, exact)]
-    found += [Approximation(f"fewer steps, K = {k}", partial(fixed, steps=k), exact) for k in (3, 5, 10)]
-    found += [Approximation(f"top-{k}", partial(top_k, kept=k), exact) for k in (16, 64, 256)]
-    found += [Approximation(f"Jacobi, {j} passes", partial(jacobi, passes=j), exact) for j in (1, 2, 3, 5)]
-    found.append(Approximation("bfloat16", fixed, genembed.load(model, dtype="bfloat16").backbone))
+    exact, half = genembed.load(model), genembed.load(model, dtype="bfloat16")
+    found = [Way("exact", partial(in_engine, exact, FixedSteps(STEPS)))]
+    found += [Way(f"fewer steps, K = {k}", partial(in_engine, exact, FixedSteps(k))) for k in (3, 5, 10)]
+    found.append(Way("fewer steps, its own rule", partial(in_engine, exact, exact.settings.halt)))
+    for passes in (1, 2, 3, 5):
+        parallel = genembed.load(model, parallel_passes=passes)
+        found.append(Way(f"parallel, {passes} pass{'es' if passes > 1 else ''}", partial(in_engine, parallel, FixedSteps(STEPS))))
+    found.append(Way("bfloat16", partial(in_engine, half, FixedSteps(STEPS))))
+    both = genembed.load(model, dtype="bfloat16", parallel_passes=2)
+    found.append(Way("bfloat16, parallel, 2 passes", partial(in_engine, both, FixedSteps(STEPS))))
+    found.append(Way("loop of this file", partial(outside, exact, None, [])))
+    for kept in (16, 64, 256):
+        dropped: list[float] = []
+        found.append(Way(f"top-{kept}", partial(outside, exact, kept, dropped), "loop of this file", dropped))
     return found
 
 
-@torch.inference_mode()
-def vectors_of(one: Approximation, embedder: Embedder, texts: list[str]) -> Float[np.ndarray, "texts hidden"]:
-    """Embed texts, those of similar length together."""
-    ids = embedder.tokenizer(texts).ids
-    order = sorted(range(len(texts)), key=lambda row: len(ids[row]))
-    found = np.zeros((len(texts), embedder.get_embedding_dimension()), dtype=np.float32)
-    for start in range(0, len(order), BATCH):
-        chosen = order[start : start + BATCH]
-        found[chosen] = one.method(one.backbone, TokenBatch.pad([ids[row] for row in chosen])).float().numpy()
-    return found
-
-
-@torch.inference_mode()
-def seconds_of(ways: list[Approximation], embedder: Embedder, texts: list[str], size: int) -> dict[str, float]:
+def seconds_of(ways: Sequence[Way], prompts: Sequence[TokenIds], size: int) -> dict[str, float]:
     """Time batches of one size in turns; return medians."""
-    ids = embedder.tokenizer(texts).ids
     taken: dict[str, list[float]] = {one.name: [] for one in ways}
     for turn in range(TURNS + 1):
-        batch = TokenBatch.pad([ids[(turn * size + row) % len(ids)] for row in range(size)])
+        batch = [prompts[(turn * size + row) % len(prompts)] for row in range(size)]
         for one in ways:
             begin = time.perf_counter()
-            one.method(one.backbone, batch)
+            one.run(batch)
             taken[one.name].append(time.perf_counter() - begin)
     return {name: statistics.median(own[1:]) for name, own in taken.items()}  # the first turn warms up
-
-
-@torch.inference_mode()
-def dropped_mass(one: Approximation, embedder: Embedder, texts: list[str]) -> float:
-    """Return the mean share that the soft tokens of a top-k approximation leave out."""
-    dropped: list[float] = []
-    for start in range(0, len(texts), BATCH):
-        one.method(one.backbone, TokenBatch.pad(embedder.tokenizer(texts[start : start + BATCH]).ids), dropped=dropped)  # type: ignore[call-arg]
-    return statistics.mean(dropped)
 
 
 def main() -> None:
@@ -160,30 +135,32 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    embedder, ways = genembed.load(args.model), approximations(args.model)
+    print(", ".join(f"{key} {value}" for key, value in machine().items()), flush=True)
+    tokenizer, ways = genembed.load(args.model).tokenizer, ways_of(args.model)
     sets = [own for own in test_sets(args.data) if own.name in ("scifact", "stsb")]
-    queries = next(own for own in sets if own.name == "scifact").texts["queries"]
-    seconds = {size: seconds_of(ways, embedder, queries, size) for size in BATCHES}
-    exact: dict[tuple[str, str], np.ndarray] = {}
+    prompts = {(own.name, role): tokenizer(texts).ids for own in sets for role, texts in own.texts.items()}
+    seconds = {size: seconds_of(ways, prompts["scifact", "queries"], size) for size in BATCHES}
+    exact: dict[tuple[str, str], Vectors] = {}
     rows: list[dict[str, Any]] = []
     for one in ways:
-        vectors = {(own.name, role): vectors_of(one, embedder, texts) for own in sets for role, texts in own.texts.items()}
+        vectors = {key: one.run(own) for key, own in prompts.items()}
         exact = exact or vectors
         cosines = np.concatenate([(vectors[key] * exact[key]).sum(-1) for key in exact])
-        quality = {own.name: own.score({role: vectors[own.name, role] for role in own.texts}) for own in sets}
-        row: dict[str, Any] = {"name": one.name, "cosine": float(cosines.mean()), "worst": float(cosines.min()), "quality": quality}
+        row: dict[str, Any] = {"name": one.name, "reference": one.reference, "cosine": float(cosines.mean()), "worst": float(cosines.min())}
+        row["quality"] = {own.name: own.score({role: vectors[own.name, role] for role in own.texts}) for own in sets}
+        row["dropped"] = statistics.mean(one.dropped) if one.dropped else None
         row |= {f"seconds_{size}": seconds[size][one.name] for size in BATCHES}
-        row["dropped"] = dropped_mass(one, embedder, queries) if one.name.startswith("top-") else None
         rows.append(row)
     heads = ["", "cosine", "worst", *(own.name for own in sets), *(f"ms, batch of {size}" for size in BATCHES), "faster", "dropped mass"]
-    print(table(heads, [_cells(row, rows[0]) for row in rows]))
+    named = {row["name"]: row for row in rows}
+    print(table(heads, [_cells(row, named[row["reference"]]) for row in rows]))
     path = write(f"approximations-{Path(args.model).name}", {"model": args.model, "steps": STEPS, "rows": rows})
     print(f"written: {path}")
-    print(json.dumps({row["name"]: round(rows[0]["seconds_1"] / row["seconds_1"], 2) for row in rows}))
+    print(json.dumps({row["name"]: round(named[row["reference"]]["seconds_1"] / row["seconds_1"], 2) for row in rows}))
 
 
-def _cells(row: dict[str, Any], exact: dict[str, Any]) -> list[str]:
-    faster = " / ".join(f"{exact[f'seconds_{size}'] / row[f'seconds_{size}']:.2f}x" for size in BATCHES)
+def _cells(row: dict[str, Any], reference: dict[str, Any]) -> list[str]:
+    faster = " / ".join(f"{reference[f'seconds_{size}'] / row[f'seconds_{size}']:.2f}x" for size in BATCHES)
     return [
         row["name"],
         f"{row['cosine']:.6f}",

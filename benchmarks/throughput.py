@@ -38,8 +38,9 @@ from results_file import RESULTS, machine, newest, write
 from roofline import Rates, ceiling_of, measure
 
 from genembed import FixedSteps
+from genembed.budget import DEFAULT_BUDGET, Budget
 from genembed.cost import Cost
-from genembed.engine import DEFAULT_BUDGET, Budget, Engine
+from genembed.engine import Engine
 
 UNIT, ENGINE = "causal-eos", "engine"
 TEXTS = {"mini": 512, "mini-full": 512, "qwen": 96}

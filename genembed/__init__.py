@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from genembed.budget import Budget
     from genembed.embedder import Embedder, Refinement, load
-    from genembed.engine import Budget
     from genembed.errors import (
         CheckpointError,
         ConfigurationError,

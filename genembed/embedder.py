@@ -15,8 +15,9 @@ from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
 from genembed import checkpoint, source
+from genembed.budget import DEFAULT_BUDGET, Budget
 from genembed.checkpoint import Loaded
-from genembed.engine import DEFAULT_BUDGET, Budget, Engine
+from genembed.engine import Engine
 from genembed.errors import ConfigurationError, GenembedWarning, InputError
 from genembed.halting import FixedSteps, HaltingRule
 from genembed.settings import ModelSettings

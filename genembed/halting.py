@@ -45,6 +45,15 @@ class Progress:
         """Return the rows `keep`, in that order."""
         return Progress(*(getattr(self, name).index_select(0, keep) for name in _FIELDS))
 
+    def hold(self, rows: Bool[Tensor, "rows"], before: Progress) -> Progress:
+        """Return these rows, but `rows` as they were."""
+
+        def held(name: str) -> Tensor:
+            new = getattr(self, name)
+            return torch.where(rows.view(-1, *[1] * (new.dim() - 1)), getattr(before, name), new)
+
+        return Progress(*(held(name) for name in _FIELDS))
+
     def extend(self, other: Progress) -> Progress:
         """Return these rows followed by the rows of `other`."""
         return Progress(*(torch.cat([getattr(self, name), getattr(other, name)]) for name in _FIELDS))

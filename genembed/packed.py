@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from genembed.attention import attend, wide_softmax
+from genembed.rows import Rows
 from genembed.tokens import TokenIds
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class _Group:
     length: int
 
 
-class PackedRows:
+class PackedRows(Rows):
     """Rows of one decode batch over a pool of `max_rows` slots.
 
     Slot i belongs to row i; each holds the keys and values of its own tokens, after the shared prefix if there is one.
@@ -70,6 +71,7 @@ class PackedRows:
         self._groups: list[_Group] | None = None
         self._used = 0
         self._ahead = 0
+        self._fixed = False
         self._mask: Tensor | None = None
 
     def __len__(self) -> int:
@@ -97,12 +99,34 @@ class PackedRows:
     def append(self, embeddings: Float[Tensor, "rows hidden"]) -> None:
         """Add one position to every row and read it."""
         self._used += 1
-        place = torch.arange(self._used, device=self.lengths.device)
-        # A mask only where rows differ in length; lengths are compared on the host once a step, not once a layer.
-        visible = place <= self.lengths[:, None]
-        self._mask = None if bool(visible[:, -1].all()) else visible[:, None, None, :]
-        self.last_hidden = self.backbone.forward_packed(embeddings, self.lengths + self.prefix_length, rows=self, generated=True)
+        self.last_hidden = self.read_next(embeddings)
         self.lengths = self.lengths + 1
+
+    def read_next(self, embeddings: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
+        """Read one more position of every row and keep its keys and values, without counting it."""
+        visible = torch.arange(self._used, device=self.lengths.device) <= self.lengths[:, None]
+        # A mask only where rows differ in length; lengths are compared on the host once a step, not once a layer.
+        hides = self._fixed or not bool(visible[:, -1].all())
+        self._mask = visible[:, None, None, :] if hides else None
+        return self.backbone.forward_packed(embeddings, self.lengths + self.prefix_length, rows=self, generated=True)
+
+    def accept(self, states: Float[Tensor, "rows hidden"]) -> None:
+        """Count a position of every row that was read outside (`FixedStep`)."""
+        self._used += 1
+        self.last_hidden = states
+        self.lengths = self.lengths + 1
+
+    def hold(self, finished: Bool[Tensor, "rows"]) -> None:
+        """Take the newest position of rows back that are finished and still here, so that they write in the same place again."""
+        self.lengths = self.lengths - finished.long()
+
+    def clear(self) -> None:
+        """Let all rows go; the slots stay."""
+        self.select(self.lengths.new_zeros(0))
+
+    def fix(self, lengths: Int[Tensor, "slots"]) -> None:
+        """Read on from `lengths`, over all positions of as many slots, without a look at any value."""
+        self.lengths, self._used, self._fixed = lengths, self.max_tokens, True
 
     def read_ahead(self, embeddings: Float[Tensor, "rows steps hidden"]) -> Float[Tensor, "rows steps hidden"]:
         """Read several positions after every row without adding them: each sees its row, and those of them that are before it."""

@@ -21,7 +21,7 @@ def step(backbone: Backbone, rows: Rows, progress: Progress) -> tuple[Progress, 
     Returns:
         The new progress, and the cosine s_k of each row.
     """
-    rows.append(backbone.next_embeddings(rows.last_hidden))
+    rows.generate()
     return backbone.settings.pooling.advance(progress, rows.last_hidden)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,18 +16,23 @@ if TYPE_CHECKING:
     from genembed.backbone import Backbone
 
 
-@runtime_checkable
-class Rows(Protocol):
-    """What one refinement step needs of the sequences it works on."""
+class Rows(ABC):
+    """Sequences that are refined together, as one refinement step sees them."""
 
+    backbone: Backbone
     last_hidden: Float[Tensor, "rows hidden"]
     """Hidden state of the newest position of each row."""
 
+    def generate(self) -> None:
+        """Add one soft token to every row and read it."""
+        self.append(self.backbone.next_embeddings(self.last_hidden))
+
+    @abstractmethod
     def append(self, embeddings: Float[Tensor, "rows hidden"]) -> None:
         """Add one position to every row and read it."""
 
 
-class CachedRows:
+class CachedRows(Rows):
     """Padded rows over a `DynamicCache`: the slow obvious version, differentiable.
 
     Positions are explicit and count no padding, so a row's numbers do not depend on its neighbours.
@@ -63,7 +69,7 @@ class CachedRows:
         self.mask, self.next_position, self.last_hidden = self.mask[keep], self.next_position[keep], self.last_hidden[keep]
 
 
-class RecomputedRows:
+class RecomputedRows(Rows):
     """Padded rows without a cache: every step reads the whole sequence again, as the released training code does."""
 
     def __init__(self, backbone: Backbone, batch: TokenBatch) -> None:
@@ -77,7 +83,7 @@ class RecomputedRows:
         self.last_hidden, self.mean_hidden = summarise(self._read(), batch.mask)
 
     def append(self, embeddings: Float[Tensor, "rows hidden"]) -> None:
-        """Add one position to every row and read everything again."""
+        """Add one position to every row."""
         self.embeddings = torch.cat([self.embeddings, embeddings[:, None]], dim=1)
         self.generated += 1
         self.last_hidden = self._read()[:, -1]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from genembed import ConvergeStop, FixedSteps, ModelSettings, Pooling, Progress
 from genembed.backbone import Backbone, SoftTokenHead
+from genembed.graphs import FixedStep
 from genembed.refine import refine
 from genembed.rows import CachedRows
 from genembed.tokens import TokenBatch, TokenIds
@@ -171,6 +172,13 @@ def saved(family: str, root: Path) -> Path:
     if family in ENCODERS:
         save_file(head().state_dict(), folder / "soft_token_head.safetensors")
     return folder
+
+
+class Replayed:
+    """A recording that does the step again, as a GPU's would."""
+
+    def __init__(self, step: FixedStep) -> None:
+        self.replay = step.run
 
 
 def trainable(backbone: Backbone) -> Backbone:

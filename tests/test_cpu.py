@@ -13,7 +13,8 @@ from torch import nn
 
 import doubles
 from genembed import Embedder, cpu, load
-from genembed.engine import Budget, Engine
+from genembed.budget import Budget
+from genembed.engine import Engine
 
 LAYER = nn.Linear(48, 40)
 needs_packing = pytest.mark.skipif(not cpu.packable(LAYER.weight), reason="this Torch has no oneDNN packing")

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import doubles
 from genembed import Budget, ConfigurationError, FixedSteps, NonFiniteError, OutOfMemoryError, Pooling, Progress
 from genembed.backbone import Backbone
-from genembed.engine import Engine, surviving_order
+from genembed.decode import surviving_order
+from genembed.engine import Engine
 from genembed.halting import HaltingRule
 from genembed.packed import PackedRows
 from genembed.tokens import TokenIds
@@ -194,7 +195,7 @@ def test_no_pool_is_larger_than_the_budget_or_one_text(lengths: list[int], budge
             pools.append((self.max_rows, self.max_tokens))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("genembed.engine.PackedRows", Watched)
+        patch.setattr("genembed.decode.PackedRows", Watched)
         run(Engine(doubles.backbone("qwen2"), budget), FixedSteps(2), doubles.prompts(lengths))
     assert pools
     for rows, tokens in pools:

@@ -12,14 +12,18 @@ PACKAGE = Path(__file__).resolve().parents[1] / "genembed"
 
 LAYERS = (
     ("errors",),
+    ("budget",),
     ("halting", "prompt", "soft_token", "triton_soft_token"),
     ("pooling",),
     ("settings",),
     ("tokens", "source"),
     ("attention", "cpu", "cuda"),
-    ("rows", "packed"),
+    ("rows",),
+    ("packed",),
+    ("parallel", "graphs"),
     ("backbone",),
     ("verify", "refine"),
+    ("decode",),
     ("engine", "checkpoint"),
     ("embedder",),
 )

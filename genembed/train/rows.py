@@ -17,6 +17,7 @@ from torch import Tensor
 
 from genembed.attention import attend, wide_softmax
 from genembed.backbone import Backbone
+from genembed.rows import Rows
 from genembed.tokens import TokenIds
 
 _LONGEST_UNFUSED = 512
@@ -107,7 +108,7 @@ class _StepPass:
         return visible & (place > length + self.step - window)
 
 
-class TrainingRows:
+class TrainingRows(Rows):
     """Rows of one training batch.
 
     Args:

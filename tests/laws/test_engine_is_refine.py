@@ -18,11 +18,20 @@ import doubles
 from genembed import Budget, ConvergeStop, FixedSteps, Pooling
 from genembed.backbone import Backbone
 from genembed.engine import Engine
+from genembed.graphs import RecordedRowsCache
 from genembed.packed import PackedRows
 from genembed.refine import refine
 from genembed.tokens import TokenBatch, TokenIds
 
 MAX_STEPS = 7
+
+
+@pytest.fixture(autouse=True)
+def recorded_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Record a step when it is done for the second time, so that few steps are enough to test it."""
+    monkeypatch.setattr("genembed.graphs.WARM_UP", 1)
+
+
 Rule = FixedSteps | ConvergeStop | doubles.Schedule
 
 POOLINGS = {
@@ -53,7 +62,10 @@ def assert_engine_is_refine(family: str, pooling: str, pool: str, chosen: Sequen
     prompts: list[TokenIds] = [POOLS[pool][place] for place in chosen]
     seen = []
     rule = replace(rule, first_row=100) if isinstance(rule, doubles.Schedule) else rule
-    for refined in Engine(backbone_of(family, pooling), budget).run(prompts, rule, keep_trajectory=True, first_row=100):
+    engine = Engine(backbone_of(family, pooling), budget)
+    if budget.record_steps:
+        engine.kept = RecordedRowsCache(engine.backbone, record=doubles.Replayed)
+    for refined in engine.run(prompts, rule, keep_trajectory=True, first_row=100):
         for place, index in enumerate(refined.index):
             row = int(index) - 100
             expected = alone(family, pooling, pool, chosen[row])
@@ -94,6 +106,8 @@ def cases(draw: st.DrawFn, pool: str) -> tuple[str, list[int], Rule, Budget]:
         prefill_tokens=draw(st.integers(1, 60)),
         length_ratio=draw(st.sampled_from([1.0, 1.5, 4.0, 50.0])),
         min_prefix=draw(st.sampled_from([1, 4, 30])),
+        check_every=draw(st.sampled_from([1, 2, 3, 5])),
+        record_steps=draw(st.booleans()),
     )
     return pooling, chosen, rule, budget
 
@@ -110,17 +124,19 @@ def test_the_engine_equals_the_reference_loop_for_any_batch_order_rule_and_budge
     law()
 
 
-BUSY = Budget(max_rows=4, prefill_tokens=30, length_ratio=50.0, min_prefix=1)
+BUSY = Budget(max_rows=4, prefill_tokens=30, length_ratio=50.0, min_prefix=1, record_steps=False)
 """A budget under which rows leave, are moved, and newcomers enter beside rows that are half done."""
 
 
 @pytest.mark.parametrize("pool", list(POOLS))
 @pytest.mark.parametrize("family", list(doubles.FAMILIES))
-def test_every_architecture_equals_the_reference_loop_when_rows_leave_and_enter(family: str, pool: str) -> None:
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
+def test_every_architecture_equals_the_reference_loop_when_rows_leave_and_enter(family: str, pool: str, as_on_a_gpu: bool) -> None:
     chosen = list(range(len(POOLS[pool])))
     schedule = doubles.Schedule(tuple(1 + (5 * row) % MAX_STEPS for row in chosen))
-    assert_engine_is_refine(family, "generated", pool, chosen, schedule, BUSY)
-    assert_engine_is_refine(family, "mean", pool, chosen[::-1], ConvergeStop(0.97, patience=1, max_steps=MAX_STEPS), BUSY)
+    budget = replace(BUSY, record_steps=True, check_every=4) if as_on_a_gpu else BUSY
+    assert_engine_is_refine(family, "generated", pool, chosen, schedule, budget)
+    assert_engine_is_refine(family, "mean", pool, chosen[::-1], ConvergeStop(0.97, patience=1, max_steps=MAX_STEPS), budget)
 
 
 def test_the_busy_budget_compacts_admits_newcomers_and_shares_the_prefix(monkeypatch: pytest.MonkeyPatch) -> None:

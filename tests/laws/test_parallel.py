@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 import doubles
 from genembed import Budget, ConfigurationError, ConvergeStop, FixedSteps
 from genembed.backbone import Backbone
-from genembed.engine import DEFAULT_BUDGET, Engine, Refined
+from genembed.budget import DEFAULT_BUDGET
+from genembed.decode import Refined
+from genembed.engine import Engine
 from genembed.halting import HaltingRule
 from genembed.refine import refine
 from genembed.rows import CachedRows, additive
