@@ -32,8 +32,9 @@ bench: setup
 	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python benchmarks/soft_token.py
 	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/approximations.py
 	$(BIN)/python benchmarks/throughput.py --models mini --check
-	$(BIN)/python benchmarks/throughput.py --models qwen --check
+	$(BIN)/python benchmarks/throughput.py --models qwen qwen-bf16 --check
 	$(BIN)/python benchmarks/scifact.py
 
 # Hours: what has a result file is left out, so it can be stopped and given again.

@@ -55,7 +55,7 @@ def plain_loop(backbone: Backbone, prompts: Sequence[TokenIds], *, improved: boo
         batch = TokenBatch.pad(order[start : start + BATCH])
         rows = CachedRows(backbone, batch)
         if not improved:
-            states = torch.zeros(*batch.input_ids.shape, backbone.hidden_size)
+            states = torch.zeros(*batch.input_ids.shape, backbone.hidden_size, dtype=backbone.dtype)
             backbone.head(states)
         progress = backbone.settings.pooling.start(batch.index, rows.last_hidden, rows.mean_hidden, window=0)
         for _ in range(STEPS):

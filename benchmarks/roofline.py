@@ -74,9 +74,12 @@ def _plain(dtype: torch.dtype) -> Callable[[int, int, int], Callable[[], Any]]:
     return make
 
 
-def _packed(rows: int, inputs: int, outputs: int) -> Callable[[], Any]:
-    first, product = torch.rand(rows, inputs), packed_product(torch.rand(outputs, inputs))
-    return lambda: product(first)
+def _packed(dtype: torch.dtype) -> Callable[[int, int, int], Callable[[], Any]]:
+    def make(rows: int, inputs: int, outputs: int) -> Callable[[], Any]:
+        first, product = torch.rand(rows, inputs).to(dtype), packed_product(torch.rand(outputs, inputs).to(dtype))
+        return lambda: product(first)
+
+    return make
 
 
 def _int8(rows: int, inputs: int, outputs: int) -> Callable[[], Any]:
@@ -85,8 +88,8 @@ def _int8(rows: int, inputs: int, outputs: int) -> Callable[[], Any]:
 
 
 _MAKERS: dict[str, Sequence[Callable[[int, int, int], Callable[[], Any]]]] = {
-    "float32": (_plain(torch.float32), _packed),
-    "bfloat16": (_plain(torch.bfloat16),),
+    "float32": (_plain(torch.float32), _packed(torch.float32)),
+    "bfloat16": (_plain(torch.bfloat16), _packed(torch.bfloat16)),
     "int8": (_int8,),
 }
 
@@ -136,9 +139,10 @@ class Ceiling:
         return (self.prefill(tokens, rows) + steps * self.step(tokens, rows)) / rows
 
 
-def ceiling_of(backbone: Backbone, rates: Rates, dtype: str = "float32") -> Ceiling:
-    """Return the ceiling of a model."""
-    return Ceiling(shape=shape_of_backbone(backbone), rates=rates, tied=backbone.trained_head is None and _tied(backbone), dtype=dtype)
+def ceiling_of(backbone: Backbone, rates: Rates, dtype: str | None = None) -> Ceiling:
+    """Return the ceiling of a model, in another dtype than its own if one is named."""
+    tied = backbone.trained_head is None and _tied(backbone)
+    return Ceiling(shape=shape_of_backbone(backbone), rates=rates, tied=tied, dtype=dtype or str(backbone.dtype).removeprefix("torch."))
 
 
 def _tied(backbone: Backbone) -> bool:
@@ -149,7 +153,7 @@ def _tied(backbone: Backbone) -> bool:
 def main() -> None:
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configs", nargs="+", default=["mini", "qwen"], choices=list(LOADERS))
+    parser.add_argument("--configs", nargs="+", default=["mini", "qwen"], choices=["mini", "mini-full", "qwen"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tokens", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32, 128])

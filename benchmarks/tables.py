@@ -1,4 +1,4 @@
-"""Write the tables of README, mini's card and docs/calibration.md from the result files, so that no number is typed.
+"""Write the tables of README, mini's card and two pages of docs from the result files, so that no number is typed.
 
     python benchmarks/tables.py [--check]
 
@@ -23,6 +23,7 @@ from results_file import RESULTS, newest
 
 README = Path(__file__).parents[1] / "README.md"
 CALIBRATION = README.parent / "docs" / "calibration.md"
+PERFORMANCE = CALIBRATION.parent / "performance.md"
 CARD = README.parent / "genembed" / "builtin" / "mini" / "README.md"
 
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -195,6 +196,72 @@ def calibration() -> str:
     return f"{_source(path)}, {result['rows'][0]['worlds']:,} worlds a row, delta = {result['delta']:g}.\n\n{table(heads, rows)}"
 
 
+def approximations() -> str:
+    """What each approximation costs and gains."""
+    path, result = stored("approximations-mini")
+    named = {row["name"]: row for row in result["rows"]}
+    sizes = [int(key.rsplit("_", 1)[1]) for key in result["rows"][0] if key.startswith("seconds_")]
+    heads = [
+        "",
+        "cosine",
+        "worst",
+        *result["rows"][0]["quality"],
+        *(f"ms, {size} quer{'y' if size == 1 else 'ies'}" for size in sizes),
+        "faster",
+    ]
+    rows = []
+    for row in result["rows"]:
+        reference, dropped = named[row["reference"]], row["dropped"]
+        rows.append(
+            [
+                row["name"] + (f" ({dropped:.0%} of the mass dropped)" if dropped is not None else ""),
+                f"{row['cosine']:.5f}",
+                f"{row['worst']:.3f}",
+                *(f"{value:.2f}" for value in row["quality"].values()),
+                *(f"{1e3 * row[f'seconds_{size}']:.0f}" for size in sizes),
+                " / ".join(f"{reference[f'seconds_{size}'] / row[f'seconds_{size}']:.2f}x" for size in sizes),
+            ]
+        )
+    return f"{_source(path)}\n\n{table(heads, rows)}"
+
+
+def latency() -> str:
+    """One query at a time."""
+    path, result = stored("latency")
+    rows = [
+        [one["model"], way, f"{own['p50']:.0f}", f"{own['p95']:.0f}", f"{own['least']:.0f}", f"{own['p50'] / own['least']:.1f}x"]
+        for one in result["models"]
+        for way, own in one["ways"].items()
+    ]
+    return f"{_source(path)}\n\n{table(['', '', 'median, ms', '95 %, ms', 'ceiling, ms', 'of the ceiling'], rows)}"
+
+
+def soft_token() -> str:
+    """The soft token alone."""
+    path, result = stored("soft_token")
+    ways = list(result["comparisons"][0]["ways"])
+    rows = [
+        [
+            f"{one['shape']}, {'tied' if one['tied'] else 'untied'}",
+            str(one["rows"]),
+            *(f"{1e3 * one['ways'][way]['median']:.2f}" for way in ways),
+            f"{one['ways'][ways[-1]]['faster']:.2f}x",
+            f"{one['ways'][ways[-1]]['share']:.0%}",
+        ]
+        for one in result["comparisons"]
+    ]
+    heads = ["", "rows", *(f"{way}, ms" for way in ways), f"{ways[-1]} / {ways[0]}", "of the ceiling"]
+    return f"{_source(path)}\n\n{table(heads, rows)}"
+
+
+def int8() -> str:
+    """Products with 8-bit weights."""
+    path, result = stored("int8")
+    ways = list(result["rows"][0]["us"])
+    rows = [[row["layer"], str(row["rows"]), *(f"{row['us'][way]:.0f}" for way in ways)] for row in result["rows"]]
+    return f"{_source(path)}, torchao {result['torchao']}; microseconds.\n\n{table(['', 'rows', *ways], rows)}"
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "throughput": throughput,
     "scifact": scifact,
@@ -204,6 +271,10 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "trained": trained,
     "training": training,
     "calibration": calibration,
+    "approximations": approximations,
+    "latency": latency,
+    "soft_token": soft_token,
+    "int8": int8,
 }
 
 
@@ -222,7 +293,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare")
     arguments = parser.parse_args()
-    for path in (README, CARD, CALIBRATION):
+    for path in (README, CARD, CALIBRATION, PERFORMANCE):
         text = path.read_text(encoding="utf-8")
         made = filled(text, path.parent)
         if arguments.check and made != text:

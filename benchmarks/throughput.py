@@ -1,9 +1,9 @@
 """How fast is the engine, against the paper's algorithm and against what the machine could do?
 
-    python benchmarks/throughput.py [--models mini mini-full qwen] [--kinds queries documents] [--repeats 3] [--threads 2] [--check]
+    python benchmarks/throughput.py [--models mini mini-full qwen qwen-bf16] [--kinds queries documents] [--repeats 3] [--check]
 
-On `mini`, on `mini` with a head over its whole vocabulary, and on a random model of Qwen2.5-0.5B's shape, for queries of mean 20
-tokens and documents of mean 128, 200 or 512, side by side, in turns:
+On `mini`, on `mini` with a head over its whole vocabulary, and on a random model of Qwen2.5-0.5B's shape in either precision, for queries
+of mean 20 tokens and documents of mean 128, 200 or 512, side by side, in turns:
 
 - `causal-eos`   the engine without refinement: one pass, the unit of every ratio
 - `plain`        the paper's algorithm 1 as released: padded batches of 32 in the given order, logits at all positions, no compaction
@@ -43,7 +43,7 @@ from genembed.cost import Cost
 from genembed.engine import Engine
 
 UNIT, ENGINE = "causal-eos", "engine"
-TEXTS = {"mini": 512, "mini-full": 512, "qwen": 96}
+TEXTS = {"mini": 512, "mini-full": 512, "qwen": 32, "qwen-bf16": 32}
 WORSE = 0.15
 """A ratio that has risen by more is a regression."""
 
@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["mini", "qwen"], choices=list(LOADERS))
     parser.add_argument("--kinds", nargs="+", default=["queries", "documents"], choices=list(KINDS))
     parser.add_argument("--rows", type=int, nargs="*", default=[], help="rows in a batch, to compare batch sizes")
-    parser.add_argument("--texts", type=int, default=None, help="texts in a run (default: 512 for mini, 96 for qwen)")
+    parser.add_argument("--texts", type=int, default=None, help="texts in a run (default: 512 for mini, 32 for qwen)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--check", action="store_true", help="fail where a ratio is over 15 %% worse than in the newest result file")
@@ -230,10 +230,10 @@ def main() -> None:
             limit = (backbone.max_positions or 1 << 20) - STEPS
             prompts = prompts_of(kind, args.texts or TEXTS[model], len(backbone.table), limit)
             found.append(compare(Subject(model, kind, prompts, args.repeats, rates), args.rows))
-        before = newest(theme)
+        before, dtype = newest(theme), str(LOADERS[model]().dtype).removeprefix("torch.")
         worse += regressions(found, before[1]) if before is not None else []
         summary |= {f"{model} {one['kind']}": round(one["variants"][ENGINE]["plain_over_this"], 2) for one in found}
-        path = write(theme, {"dtype": "float32", "steps": STEPS, "rates": vars(rates), "comparisons": found}, folder=args.output)
+        path = write(theme, {"dtype": dtype, "steps": STEPS, "rates": vars(rates), "comparisons": found}, folder=args.output)
         print(f"\nwritten: {path}")
     for line in worse:
         print(f"slower than the last stored run: {line}")

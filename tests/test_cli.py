@@ -177,6 +177,20 @@ def test_the_instruction_reaches_the_model(run: Run, model: Path, texts: Path, t
     np.testing.assert_array_equal(np.load(tmp_path / "v.npy"), expected)
 
 
+def test_parallel_passes_reach_the_model_and_do_not_ask_for_another_index(run: Run, model: Path, texts: Path, tmp_path: Path) -> None:
+    lines = texts.read_text().splitlines()
+    assert run("embed", texts, "-o", tmp_path / "v.npy", "-m", model, "--parallel-passes", 1).code == 0
+    found, exact = np.load(tmp_path / "v.npy"), genembed.load(model).encode(lines)
+    np.testing.assert_array_equal(found, genembed.load(model, parallel_passes=1).encode(lines))
+    assert np.abs(found - exact).max() > 1e-5
+    assert run("index", texts, "-o", tmp_path / "x", "-m", model).code == 0
+    found, exact = (
+        run("search", tmp_path / "x", lines[1], "--parallel-passes", 6, "--json").json,
+        run("search", tmp_path / "x", lines[1], "--json").json,
+    )
+    assert [hit["text"] for hit in found["hits"]] == [hit["text"] for hit in exact["hits"]]
+
+
 @pytest.mark.parametrize("name", ["t.txt", "t.jsonl", "t.csv"])
 def test_an_empty_file_gives_an_empty_array_of_the_right_width(run: Run, model: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
@@ -235,6 +249,8 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("embed TEXTS -o v.npy -m MODEL --steps many", ["'--steps'", "--steps many; see: genembed --help"]),
     ("embed TEXTS -o v.npy --truncate left", ["'--truncate'", "left"]),
     ("embed TEXTS -o v.npy -m MODEL --dtype int8", ["dtype='int8'", "float32"]),
+    ("embed TEXTS -o v.npy -m MODEL --parallel-passes -2", ["parallel_passes=-2: a whole number is needed"]),
+    ("tokens MODEL text --parallel-passes 2", ["--parallel-passes 2 has no effect here"]),
     ("embed TEXTS -o v.npy -m MODEL --device abacus", ["device='abacus'"]),
     ("embed TEXTS -o v.npy -m MODEL --preset best", ["preset='best' is unknown", "gircse"]),
     ("embed TEXTS -o v.npy -m MODEL --adapter MODEL", ["not an adapter folder"]),
