@@ -303,6 +303,18 @@ def test_a_file_that_cannot_grow_is_reported_as_a_full_disk(recipe: Recipe, pair
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX512"), reason="this processor has no fast bfloat16")
+def test_a_run_in_bfloat16_learns_as_one_in_float32_and_keeps_its_weights_in_float32(recipe: Recipe, tmp_path: Path) -> None:
+    half, whole = tmp_path / "half", tmp_path / "whole"
+    train(replace(recipe, dtype="bfloat16"), half)
+    train(recipe, whole)
+    np.testing.assert_allclose(losses(half), losses(whole), rtol=0.2)  # refinement amplifies the rounding
+    assert losses(half) != losses(whole)
+    weights = load_file(half / "adapter_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+@pytest.mark.slow
 def test_gradcache_gives_the_losses_of_the_whole_batch(recipe: Recipe, tmp_path: Path) -> None:
     train(recipe, tmp_path / "whole")
     train(replace(recipe, chunk=3), tmp_path / "chunks")
