@@ -13,7 +13,7 @@ from torch import Tensor
 from genembed.backbone import Backbone
 from genembed.budget import Budget
 from genembed.errors import NonFiniteError
-from genembed.graphs import RecordedRows, RecordedRowsCache
+from genembed.graphs import RowsCache
 from genembed.halting import HaltingRule, Progress
 from genembed.packed import PackedRows, SharedPrefix
 from genembed.parallel import ParallelRows
@@ -62,9 +62,7 @@ class Job:
 class DecodeBatch:
     """One decode batch over its life: admit, step, collect."""
 
-    def __init__(
-        self, backbone: Backbone, budget: Budget, job: Job, *, max_rows: int, capacity: int, kept: RecordedRowsCache | None
-    ) -> None:
+    def __init__(self, backbone: Backbone, budget: Budget, job: Job, *, max_rows: int, capacity: int, kept: RowsCache | None) -> None:
         self.backbone, self.budget = backbone, budget
         self.job, self.prompts, self.halt = job, job.prompts, job.halt
         self.kept = kept
@@ -83,7 +81,7 @@ class DecodeBatch:
             refined = self._turn(waiting)
             if refined is not None:
                 yield refined
-        if self.kept is not None and isinstance(self.rows, RecordedRows):
+        if self.kept is not None and isinstance(self.rows, PackedRows):
             self.kept.give(self.rows)
 
     @torch.inference_mode()

@@ -11,7 +11,7 @@ from genembed.backbone import Backbone
 from genembed.budget import DEFAULT_BUDGET, Budget
 from genembed.decode import DecodeBatch, Job, Refined
 from genembed.errors import ConfigurationError, OutOfMemoryError
-from genembed.graphs import RecordedRowsCache, cuda_graph
+from genembed.graphs import RowsCache, cuda_graph
 from genembed.halting import HaltingRule
 from genembed.packed import PrefixCache, SharedPrefix
 from genembed.tokens import TokenIds, common_prefix
@@ -35,7 +35,7 @@ class Engine:
         self.budget = budget
         self.prefixes = PrefixCache(backbone, size=budget.kept_prefixes)
         records = budget.record_steps and backbone.device.type == "cuda" and backbone.packable
-        self.kept = RecordedRowsCache(backbone, record=cuda_graph) if records else None
+        self.kept = RowsCache(backbone, record=cuda_graph) if records else None
         if budget.pack_weights:
             backbone.pack_weights()
 

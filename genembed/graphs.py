@@ -43,15 +43,13 @@ class FixedStep:
     It gives what `PackedRows.generate` gives, and writes keys and values where that would.
 
     Args:
-        backbone: The model.
         rows: Rows in whose slots the step writes; at least `bucket` slots.
         bucket: Rows of the step, with those that are not there.
     """
 
-    def __init__(self, backbone: Backbone, rows: PackedRows, bucket: int) -> None:
-        self.backbone = backbone
+    def __init__(self, rows: PackedRows, bucket: int) -> None:
         self.bucket = bucket
-        self.hidden: Float[Tensor, "bucket hidden"] = rows.last_hidden.new_zeros(bucket, backbone.hidden_size)
+        self.hidden: Float[Tensor, "bucket hidden"] = rows.last_hidden.new_zeros(bucket, rows.backbone.hidden_size)
         self.lengths: Int[Tensor, "bucket"] = rows.lengths.new_zeros(bucket)
         self._slots = copy.copy(rows)
         self._slots.fix(self.lengths)
@@ -64,57 +62,51 @@ class FixedStep:
 
     def run(self) -> None:
         """Do the step: from the states of all rows to their next ones."""
-        embeddings = self.backbone.next_embeddings(self.hidden)
-        self.hidden.copy_(self._slots.read_next(embeddings))
+        self.hidden.copy_(self._slots.read_next(self._slots.backbone.next_embeddings(self.hidden)))
 
 
 Recorder = Callable[[FixedStep], Recording]
 """Makes a recording of a step."""
 
 
-class RecordedRows(PackedRows):
-    """Rows whose steps are replayed, once a step of about as many rows has been done a few times.
+class RecordedSteps:
+    """The steps of some rows, recorded by bucket once a step of as many rows has been done a few times.
 
     Args:
-        backbone: The model.
-        max_rows: Slots.
-        max_tokens: Own tokens a slot can hold.
-        prefix: Keys and values that every row sees first.
         record: Makes a recording of a step.
     """
 
-    def __init__(self, backbone: Backbone, *, max_rows: int, max_tokens: int, prefix: SharedPrefix | None, record: Recorder) -> None:
-        super().__init__(backbone, max_rows=max_rows, max_tokens=max_tokens, prefix=prefix)
+    def __init__(self, record: Recorder) -> None:
         self.record = record
         self.broken = False
         self._steps: dict[int, tuple[FixedStep, Recording]] = {}
         self._uses: dict[int, int] = {}
 
-    def generate(self) -> None:
-        """Add one soft token to every row and read it, by a recording where there is one."""
-        bucket = bucket_of(len(self), self.max_rows)
+    def __call__(self, rows: PackedRows) -> bool:
+        """Add a soft token to every row by a recording, if there is one or can be one; tell whether it was done."""
+        bucket = bucket_of(len(rows), rows.max_rows)
         self._uses[bucket] = self._uses.get(bucket, 0) + 1
         if self._uses[bucket] > WARM_UP and not self.broken and bucket not in self._steps:
-            self._try(bucket)
+            self._try(rows, bucket)
         if bucket not in self._steps:
-            super().generate()
-            return
+            return False
         step, recording = self._steps[bucket]
-        step.load(self.last_hidden, self.lengths)
+        step.load(rows.last_hidden, rows.lengths)
         recording.replay()
-        self.accept(step.hidden[: len(self)].clone())
+        rows.accept(step.hidden[: len(rows)].clone())
+        return True
 
-    def _try(self, bucket: int) -> None:
+    def _try(self, rows: PackedRows, bucket: int) -> None:
         """Record a step, and compare what it replays with the step itself before it is trusted."""
-        step = FixedStep(self.backbone, self, bucket)
+        step = FixedStep(rows, bucket)
         try:
-            step.load(self.last_hidden, self.lengths)
+            step.load(rows.last_hidden, rows.lengths)
             step.run()
             expected = step.hidden.clone()
             recording = self.record(step)
-            step.load(self.last_hidden, self.lengths)
+            step.load(rows.last_hidden, rows.lengths)
             recording.replay()
-            wrong = ((step.hidden - expected)[: len(self)].abs().max() / expected[: len(self)].abs().max()).item()
+            wrong = ((step.hidden - expected)[: len(rows)].abs().max() / expected[: len(rows)].abs().max()).item()
             reason = None if wrong <= _TOLERANCE else f"a replay differs from the step by {wrong:.2g}"
         except Exception as error:  # noqa: BLE001 - models, drivers and libraries refuse recording with errors of many kinds
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -125,7 +117,7 @@ class RecordedRows(PackedRows):
         warnings.warn(f"steps are not recorded as CUDA graphs but launched one by one ({reason}).", GenembedWarning, stacklevel=2)
 
 
-class RecordedRowsCache:
+class RowsCache:
     """Rows of finished decode batches, kept with their recordings for the next batch of the same size.
 
     Sizes are rounded up, so that there are few of them. Rows that are in use are not here: batches may overlap.
@@ -140,18 +132,18 @@ class RecordedRowsCache:
         self.backbone = backbone
         self.record = record
         self.size = size
-        self._kept: list[RecordedRows] = []
+        self._kept: list[PackedRows] = []
 
-    def take(self, *, max_rows: int, max_tokens: int, prefix: SharedPrefix | None) -> RecordedRows:
+    def take(self, *, max_rows: int, max_tokens: int, prefix: SharedPrefix | None) -> PackedRows:
         """Return rows of at least this size over this prefix, without a row in them."""
         slots, tokens = bucket_of(max_rows, 1 << 62), -(-max_tokens // _TOKENS) * _TOKENS
         for place, rows in enumerate(self._kept):
             if (rows.max_rows, rows.max_tokens) == (slots, tokens) and rows.prefix is prefix:
                 return self._kept.pop(place)
         del self._kept[self.size - 1 :]  # before the new ones are there, which need room
-        return RecordedRows(self.backbone, max_rows=slots, max_tokens=tokens, prefix=prefix, record=self.record)
+        return PackedRows(self.backbone, max_rows=slots, max_tokens=tokens, prefix=prefix, replay=RecordedSteps(self.record))
 
-    def give(self, rows: RecordedRows) -> None:
+    def give(self, rows: PackedRows) -> None:
         """Keep rows for later."""
         rows.clear()
         self._kept = [rows, *self._kept[: self.size - 1]]

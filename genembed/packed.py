@@ -7,7 +7,7 @@ never see padding, attention works inside each text, and a row that leaves costs
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -56,13 +56,23 @@ class PackedRows(Rows):
         max_rows: Slots.
         max_tokens: Own tokens a slot can hold, prompt and generated; 0 when nothing will be generated.
         prefix: Keys and values that every row sees first.
+        replay: Adds a soft token to every row in another way, if it can, and tells whether it did.
     """
 
-    def __init__(self, backbone: Backbone, *, max_rows: int, max_tokens: int, prefix: SharedPrefix | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        max_rows: int,
+        max_tokens: int,
+        prefix: SharedPrefix | None = None,
+        replay: Callable[[PackedRows], bool] | None = None,
+    ) -> None:
         self.backbone = backbone
         self.max_rows = max_rows
         self.max_tokens = max_tokens
         self.prefix = prefix
+        self.replay = replay
         self.prefix_length = prefix.length if prefix else 0
         self.lengths: Int[Tensor, "rows"] = torch.zeros(0, dtype=torch.long, device=backbone.device)
         self.last_hidden = self.mean_hidden = torch.zeros(0, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device)
@@ -96,6 +106,11 @@ class PackedRows(Rows):
         self.mean_hidden = self._mean_states(states)
         self._groups = None
 
+    def generate(self) -> None:
+        """Add one soft token to every row and read it."""
+        if self.replay is None or not self.replay(self):
+            self.append(self.backbone.next_embeddings(self.last_hidden))
+
     def append(self, embeddings: Float[Tensor, "rows hidden"]) -> None:
         """Add one position to every row and read it."""
         self._used += 1
@@ -111,7 +126,7 @@ class PackedRows(Rows):
         return self.backbone.forward_packed(embeddings, self.lengths + self.prefix_length, rows=self, generated=True)
 
     def accept(self, states: Float[Tensor, "rows hidden"]) -> None:
-        """Count a position of every row that was read outside (`FixedStep`)."""
+        """Count a position of every row that was read by `replay`."""
         self._used += 1
         self.last_hidden = states
         self.lengths = self.lengths + 1

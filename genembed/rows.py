@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from genembed.backbone import Backbone
 
 
-class Rows(ABC):
+@runtime_checkable
+class Rows(Protocol):
     """Sequences that are refined together, as one refinement step sees them."""
 
     backbone: Backbone

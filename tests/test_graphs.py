@@ -10,7 +10,7 @@ import doubles
 from genembed import Budget, ConfigurationError, FixedSteps
 from genembed.engine import Engine
 from genembed.errors import GenembedWarning
-from genembed.graphs import FixedStep, RecordedRowsCache, Recorder, bucket_of
+from genembed.graphs import FixedStep, Recorder, RowsCache, bucket_of
 
 PROMPTS = doubles.prompts([9, 3, 12, 5, 9, 1, 7])
 SCHEDULE = doubles.Schedule((3, 1, 5, 2, 4, 5, 1))
@@ -61,7 +61,7 @@ def vectors(engine: Engine) -> np.ndarray:
 
 def recording(record: Recorder) -> Engine:
     engine = Engine(doubles.backbone("qwen2"), BUDGET)
-    engine.kept = RecordedRowsCache(engine.backbone, record=record)
+    engine.kept = RowsCache(engine.backbone, record=record)
     return engine
 
 

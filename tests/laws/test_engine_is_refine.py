@@ -18,7 +18,7 @@ import doubles
 from genembed import Budget, ConvergeStop, FixedSteps, Pooling
 from genembed.backbone import Backbone
 from genembed.engine import Engine
-from genembed.graphs import RecordedRowsCache
+from genembed.graphs import RowsCache
 from genembed.packed import PackedRows
 from genembed.refine import refine
 from genembed.tokens import TokenBatch, TokenIds
@@ -64,7 +64,7 @@ def assert_engine_is_refine(family: str, pooling: str, pool: str, chosen: Sequen
     rule = replace(rule, first_row=100) if isinstance(rule, doubles.Schedule) else rule
     engine = Engine(backbone_of(family, pooling), budget)
     if budget.record_steps:
-        engine.kept = RecordedRowsCache(engine.backbone, record=doubles.Replayed)
+        engine.kept = RowsCache(engine.backbone, record=doubles.Replayed)
     for refined in engine.run(prompts, rule, keep_trajectory=True, first_row=100):
         for place, index in enumerate(refined.index):
             row = int(index) - 100
