@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,16 +38,37 @@ class Refined:
     trajectory: Float[np.ndarray, "rows steps hidden"] | None
     """z_1 .. z_K; NaN after the halt; None unless asked for."""
 
+    @property
+    def sound(self) -> Bool[np.ndarray, "rows"]:
+        """Whether each vector is one: finite, and not zero."""
+        return np.asarray(np.isfinite(self.vectors).all(-1) & (np.abs(self.vectors).max(-1) > 0))
+
+    def check(self) -> None:
+        """Refuse a vector that is none.
+
+        Raises:
+            NonFiniteError: The message has its row.
+        """
+        if not self.sound.all():
+            bad = int((~self.sound).argmax())
+            raise NonFiniteError(
+                f"row {self.index[bad]}: the embedding is not finite or is zero after {self.steps[bad]} steps; check the model's weights, "
+                "or load it with dtype='float32'.",
+                row=int(self.index[bad]),
+            )
+
 
 @dataclass(frozen=True)
 class Job:
     """One call of `Engine.run`."""
 
-    prompts: Sequence[TokenIds]
+    prompts: Sequence[TokenIds] | Mapping[int, TokenIds]
     halt: HaltingRule
-    prefix: SharedPrefix | None
-    keep_trajectory: bool
-    first_row: int
+    prefix: SharedPrefix | None = None
+    keep_trajectory: bool = False
+    first_row: int = 0
+    eager: bool = False
+    """Admit a text as soon as there is a place, for somebody waits for it, instead of many at a time."""
 
     @property
     def prefix_length(self) -> int:
@@ -77,16 +98,25 @@ class DecodeBatch:
     def run(self, waiting: list[int]) -> Iterator[Refined]:
         """Refine all waiting texts (longest first)."""
         waiting.reverse()
-        while waiting or self.progress is not None:
-            refined = self._turn(waiting)
+        while waiting or len(self):
+            refined = self.turn(waiting)
             if refined is not None:
+                refined.check()
                 yield refined
         if self.kept is not None and isinstance(self.rows, PackedRows):
             self.kept.give(self.rows)
 
+    def __len__(self) -> int:
+        """Rows in the batch now."""
+        return 0 if self.progress is None else len(self.progress)
+
     @torch.inference_mode()
-    def _turn(self, waiting: list[int]) -> Refined | None:
-        """Admit some texts, or refine all rows by one step; return rows that are finished then."""
+    def turn(self, waiting: list[int]) -> Refined | None:
+        """Admit some texts, or refine all rows by one step; return rows that are finished then.
+
+        Args:
+            waiting: Texts that may be admitted, the next one last; those that were are taken out of it.
+        """
         if self._may_admit(len(waiting)):
             self._admit(waiting)
         else:
@@ -118,11 +148,11 @@ class DecodeBatch:
             return True
         # Rows without packing cannot take newcomers. Otherwise admit when a quarter of the places is free, or all that wait fit in:
         # prompts read a few at a time cost more than the places they would fill.
-        free = self.max_rows - len(self.progress)
-        return self.backbone.packable and free >= min(waiting, max(1, self.max_rows // 4))
+        free = self.max_rows - len(self)
+        return self.backbone.packable and free >= (1 if self.job.eager else min(waiting, max(1, self.max_rows // 4)))
 
     def _admit(self, waiting: list[int]) -> None:
-        present = 0 if self.progress is None else len(self.progress)
+        present = len(self)
         taken: list[int] = []
         tokens = 0
         while waiting and present + len(taken) < self.max_rows:
@@ -176,14 +206,6 @@ class DecodeBatch:
         done = self.progress.select(rows)
         vectors, steps = done.embedding.float().cpu().numpy(), done.step.cpu().numpy()
         index = done.index.cpu().numpy()
-        sound = np.isfinite(vectors).all(-1) & (np.abs(vectors).max(-1) > 0)
-        if not sound.all():
-            bad = int((~sound).argmax())
-            raise NonFiniteError(
-                f"row {index[bad]}: the embedding is not finite or is zero after {steps[bad]} steps; check the model's weights, "
-                "or load it with dtype='float32'.",
-                row=int(index[bad]),
-            )
         stability, trajectory = self.log.of(rows)
         return Refined(index, vectors, steps, stability, trajectory)
 
