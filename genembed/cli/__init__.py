@@ -25,6 +25,7 @@ from genembed.cli.embedding import embed, info
 from genembed.cli.evaluating import evaluate
 from genembed.cli.mining import mine
 from genembed.cli.searching import demo, index, search
+from genembed.cli.serving import serve
 from genembed.cli.speaking import tokens
 from genembed.cli.training import train
 
@@ -36,7 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in (demo, embed, index, search, info, mine, train, calibrate, analyse, evaluate, tokens, cost):
+for verb in (demo, embed, index, search, serve, info, mine, train, calibrate, analyse, evaluate, tokens, cost):
     app.command()(verb)
 
 

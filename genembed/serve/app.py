@@ -1,0 +1,254 @@
+"""The HTTP side: routes, the key, limits, and one shape for every error."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import genembed
+from genembed.serve import protocols
+from genembed.serve.failures import Failure, failure_of
+from genembed.serve.metrics import CONTENT_TYPE, Metrics
+from genembed.serve.service import Service
+
+log = logging.getLogger("genembed.serve")
+
+CLIENT_GONE = 499
+"""Status of a request whose client left before it was answered; nobody reads it but the metrics."""
+_TEI = ("/embed", "/info")
+
+
+def create_app(service: Service, *, api_key: str | None = None, grace: float = 30.0) -> FastAPI:
+    """Return the server's application.
+
+    Args:
+        service: The model.
+        api_key: What clients must send as `Authorization: Bearer`, on every route; None asks for nothing.
+        grace: Seconds in which accepted texts may be finished when the server stops.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.close, grace=grace)
+
+    # No pages of documentation: they load scripts from elsewhere.
+    app = FastAPI(title="genembed", version=genembed.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.service, app.state.metrics = service, Metrics(service.live)
+    _embedding_routes(app, service)
+    _state_routes(app, service)
+    app.add_exception_handler(HTTPException, _http_exception)
+    app.add_middleware(Guard, routes=app.router.routes, metrics=app.state.metrics, service=service, api_key=api_key)
+    return app
+
+
+class Guard:
+    """Around every route: the key, the number of open requests, the count of answers, and errors in the client's shape.
+
+    Args:
+        app: What it guards.
+        routes: To name a request's route in the metrics.
+        metrics: Where answers are counted.
+        service: For its limits.
+        api_key: The key, if one is asked for.
+    """
+
+    def __init__(self, app: ASGIApp, *, routes: list[Any], metrics: Metrics, service: Service, api_key: str | None) -> None:
+        self.app = app
+        self.routes = routes
+        self.metrics = metrics
+        self.service = service
+        self.expected = None if api_key is None else f"Bearer {api_key}".encode()
+        self.open = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begin, status, route = time.perf_counter(), 500, self._route(scope)
+
+        async def counted(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        self.open += 1
+        try:
+            self._check(scope)
+            await self.app(scope, receive, counted)
+        except Exception as error:  # noqa: BLE001 - every request is answered, in the shape its client reads
+            await answer_of(error, scope["path"])(scope, receive, counted)
+        finally:
+            self.open -= 1
+            self.metrics.requests.labels(route, str(status)).inc()
+            self.metrics.seconds.labels(route).observe(time.perf_counter() - begin)
+
+    def _check(self, scope: Scope) -> None:
+        if self.expected is not None:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self.expected):
+                raise Failure(401, "the key is missing or wrong: send it as Authorization: Bearer KEY.", code="invalid_api_key")
+        most = self.service.limits.concurrent_requests
+        if self.open > most:
+            raise Failure(429, f"{most} requests are open already.", code="rate_limit_exceeded", retry_after=1)
+
+    def _route(self, scope: Scope) -> str:
+        """Return the path of a known route; whatever else is asked for is one label, so that nobody can make thousands."""
+        known = (route.path for route in self.routes if route.matches(scope)[0] is not Match.NONE)
+        return next(known, "other")
+
+
+async def _http_exception(request: Request, error: Exception) -> Response:
+    return answer_of(error, request.url.path)
+
+
+def answer_of(error: Exception, path: str) -> Response:
+    """Return the answer to a request that failed."""
+    if isinstance(error, HTTPException):
+        error = Failure(error.status_code, f"{path}: {error.detail}.")
+    failure = failure_of(error)
+    if failure.status >= 500 and failure.code == "internal_error":
+        log.error("%s failed", path, exc_info=error.__cause__ or error)
+    body = failure.tei() if path in _TEI else failure.openai()
+    return json_response(body, failure.status, headers=failure.headers)
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return JSON; NumPy arrays become lists of numbers."""
+    content = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(content, status, media_type="application/json", headers=headers)
+
+
+async def body_of(request: Request, service: Service) -> Any:
+    """Read and parse a request's body, within its limits.
+
+    Raises:
+        Failure: If it is no JSON, too long, too slow, or compressed.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Failure(415, "the body must be JSON, with Content-Type: application/json.")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise Failure(415, "the body must not be compressed.")
+    limit, chunks, length = service.limits.request_bytes, list[bytes](), 0
+    too_long = Failure(413, f"the request is longer than {limit} bytes; send several.", code="request_too_large")
+    if (request.headers.get("content-length") or "0").isdecimal() and int(request.headers.get("content-length") or "0") > limit:
+        raise too_long
+    try:
+        async with asyncio.timeout(service.limits.body_seconds):
+            async for chunk in request.stream():
+                length += len(chunk)
+                if length > limit:
+                    raise too_long
+                chunks.append(chunk)
+    except TimeoutError:
+        raise Failure(408, f"the request did not arrive within {service.limits.body_seconds:g} seconds.") from None
+    try:
+        return orjson.loads(b"".join(chunks))
+    except orjson.JSONDecodeError as error:
+        raise Failure(400, f"the body is not JSON: {error}.", code="invalid_json") from None
+
+
+async def unless_gone(request: Request, work: Awaitable[Any]) -> Any:
+    """Await some work, and give it up when the client leaves.
+
+    Raises:
+        Failure: With status 499, if the client left.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise Failure(CLIENT_GONE, "the client left.")
+    finally:
+        for one in (task, gone):
+            one.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await one
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _embedding_routes(app: FastAPI, service: Service) -> None:
+    """Add the routes that embed; each reads its own body, as no framework bounds its length and depth."""
+    for path, model in (
+        ("/v1/embeddings", protocols.OpenAIRequest),
+        ("/v2/embed", protocols.CohereRequest),
+        ("/embed", protocols.TeiRequest),
+    ):
+        app.add_api_route(path, _embeds(model, service), methods=["POST"], response_model=None, openapi_extra=_documented(model))
+
+
+def _embeds(model: type[Any], service: Service) -> Callable[[Request], Awaitable[Response]]:
+    async def embed(request: Request) -> Response:
+        wanted = model.model_validate(await body_of(request, service))
+        return json_response(await unless_gone(request, wanted.answer(service)))
+
+    embed.__doc__ = model.__doc__
+    return embed
+
+
+def _documented(model: type[Any]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}}
+
+
+def _state_routes(app: FastAPI, service: Service) -> None:
+    embedder, limits, started = service.embedder, service.limits, int(time.time())
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        """List the model that is served, as OpenAI does."""
+        own = {"id": service.name, "object": "model", "created": started, "owned_by": "genembed"}
+        return json_response({"object": "list", "data": [own]})
+
+    @app.get("/info")
+    async def info() -> Response:
+        """Say what is served and how much of it."""
+        return json_response(
+            {
+                "model_id": service.name,
+                "model_dtype": str(embedder.backbone.dtype).removeprefix("torch."),
+                "model_type": {"embedding": {"pooling": embedder.settings.pooling.kind}},
+                "dimensions": embedder.get_embedding_dimension(),
+                "halt": repr(embedder.settings.halt),
+                "max_input_length": embedder.settings.max_length,
+                "max_batch_tokens": limits.batch_tokens,
+                "max_client_batch_size": limits.client_batch,
+                "max_concurrent_requests": limits.concurrent_requests,
+                "max_steps": service.live.max_steps,
+                "version": genembed.__version__,
+            }
+        )
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Say that the process lives."""
+        return json_response({"status": "alive"})
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Say whether a text would be embedded now."""
+        if not await service.ready():
+            raise Failure(503, "the engine does not answer, or is shutting down.", code="not_ready", retry_after=1)
+        return json_response({"status": "ready"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Return the counters in Prometheus' format."""
+        return Response(app.state.metrics.text(), media_type=CONTENT_TYPE)

@@ -1,0 +1,154 @@
+"""The requests that clients of OpenAI, Cohere and text-embeddings-inference send, and the answers they expect."""
+
+from __future__ import annotations
+
+import base64
+import uuid
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from genembed.serve.failures import Failure
+from genembed.serve.service import Embedded, Service, Wish
+
+TOKEN_ARRAYS = (
+    "input holds token ids, and they are those of another tokenizer: send texts. With LangChain: "
+    "OpenAIEmbeddings(check_embedding_ctx_length=False)."
+)
+
+Texts = str | list[str]
+Steps = Annotated[int, Field(ge=0, strict=True)]
+
+
+class Request(BaseModel):
+    """What every protocol's request has in common."""
+
+    model_config = ConfigDict(extra="ignore")  # clients send settings of servers they were written for
+
+
+class OpenAIRequest(Request):
+    """POST /v1/embeddings: OpenAI's fields, and what a generative model can be asked beside them."""
+
+    input: Texts | list[int] | list[list[int]]
+    model: str
+    dimensions: int | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = None
+    input_type: str | None = None
+    task: str | None = None
+    prompt_name: str | None = None
+    instruction: str | None = None
+    steps: Steps | None = None
+    halt: dict[str, Any] | None = None
+    deadline_ms: float | None = None
+    truncate: Literal["right", "error"] = "error"
+
+    async def answer(self, service: Service) -> dict[str, Any]:
+        """Embed, and answer as OpenAI does, with `metadata` beside."""
+        if self.model != service.name:
+            raise Failure(
+                404, f"The model {self.model!r} is not served here, but {service.name!r} is.", code="model_not_found", param="model"
+            )
+        check_dimensions(self.dimensions, service, "dimensions")
+        purposes = {name: value for name in ("input_type", "task", "prompt_name") if (value := getattr(self, name)) is not None}
+        if len(purposes) > 1:
+            raise Failure(400, f"{' and '.join(purposes)} all say what the texts are for; give one of them.", param=next(iter(purposes)))
+        wish = Wish(
+            instruction=self.instruction,
+            purpose=next(iter(purposes.values()), None),
+            steps=self.steps,
+            halt=self.halt,
+            deadline_ms=self.deadline_ms,
+            truncate=self.truncate,
+        )
+        done = await service.embed(texts_of(self.input), wish)
+        return {
+            "object": "list",
+            "data": [
+                {"object": "embedding", "index": row, "embedding": encoded(vector, self.encoding_format)}
+                for row, vector in enumerate(done.vectors)
+            ],
+            "model": service.name,
+            "usage": {"prompt_tokens": done.tokens, "total_tokens": done.tokens},
+            "metadata": done.metadata(),
+        }
+
+
+class CohereRequest(Request):
+    """POST /v2/embed."""
+
+    model: str
+    texts: list[str]
+    input_type: str
+    embedding_types: list[Literal["float", "base64"]] = ["float"]
+    output_dimension: int | None = None
+    truncate: Literal["NONE", "START", "END"] = "END"
+    max_tokens: int | None = None
+    steps: Steps | None = None
+    halt: dict[str, Any] | None = None
+    deadline_ms: float | None = None
+
+    async def answer(self, service: Service) -> dict[str, Any]:
+        """Embed, and answer as Cohere does, with `metadata` in `meta`."""
+        if self.model != service.name:
+            raise Failure(404, f"model {self.model!r} is not served here, but {service.name!r} is.", code="model_not_found", param="model")
+        check_dimensions(self.output_dimension, service, "output_dimension")
+        if self.truncate == "START":
+            raise Failure(400, "truncate='START': texts are cut at their end alone: 'END', or 'NONE' to refuse them.", param="truncate")
+        if self.max_tokens is not None:
+            raise Failure(400, f"max_tokens={self.max_tokens}: the model's own limit holds here; leave it out.", param="max_tokens")
+        truncate: Literal["right", "error"] = "right" if self.truncate == "END" else "error"
+        wish = Wish(purpose=self.input_type, steps=self.steps, halt=self.halt, deadline_ms=self.deadline_ms, truncate=truncate)
+        done = await service.embed(self.texts, wish)
+        return {
+            "id": str(uuid.uuid4()),
+            "embeddings": {kind: [encoded(vector, kind) for vector in done.vectors] for kind in dict.fromkeys(self.embedding_types)},
+            "texts": self.texts,
+            "meta": {"api_version": {"version": "2"}, "billed_units": {"input_tokens": done.tokens}, "metadata": done.metadata()},
+            "response_type": "embeddings_by_type",
+        }
+
+
+class TeiRequest(Request):
+    """POST /embed."""
+
+    inputs: Texts | list[int] | list[list[int]]
+    truncate: bool = False
+    truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"
+    prompt_name: str | None = None
+    normalize: bool = True
+    dimensions: int | None = None
+
+    async def answer(self, service: Service) -> np.ndarray:
+        """Embed, and answer with the bare vectors."""
+        check_dimensions(self.dimensions, service, "dimensions")
+        if not self.normalize:
+            raise Failure(422, "normalize=false: vectors are sums of states made unit length; there is no other length to give.")
+        if self.truncate and self.truncation_direction.lower() == "left":
+            raise Failure(422, "truncation_direction='Left': texts are cut at their end alone.")
+        wish = Wish(purpose=self.prompt_name, truncate="right" if self.truncate else "error")
+        done: Embedded = await service.embed(texts_of(self.inputs), wish)
+        return done.vectors
+
+
+def texts_of(given: Texts | list[int] | list[list[int]]) -> list[str]:
+    """Return the texts of a request; token ids are refused, with the setting of the client that sends them."""
+    if isinstance(given, str):
+        return [given]
+    texts = [one for one in given if isinstance(one, str)]
+    if len(texts) != len(given):
+        raise Failure(400, TOKEN_ARRAYS, code="invalid_input", param="input")
+    return texts
+
+
+def check_dimensions(dimensions: int | None, service: Service, name: str) -> None:
+    """Refuse a length that vectors do not have: no model here is trained to be cut."""
+    full = service.embedder.get_embedding_dimension()
+    if dimensions is not None and dimensions != full:
+        raise Failure(400, f"{name}={dimensions}: {service.name} gives {full} dimensions, and was not trained to give fewer.", param=name)
+
+
+def encoded(vector: np.ndarray, kind: str) -> Any:
+    """Return a vector as JSON numbers (by orjson, from the array), or as base64 of little-endian float32."""
+    return vector if kind == "float" else base64.b64encode(vector.astype("<f4").tobytes()).decode()

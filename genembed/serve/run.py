@@ -1,0 +1,69 @@
+"""A running server: it listens, says where, and stops when it is told to."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from genembed.embedder import Embedder
+from genembed.errors import ConfigurationError
+from genembed.serve.app import create_app
+from genembed.serve.limits import Limits
+from genembed.serve.service import Service
+
+KEEP_ALIVE_SECONDS = 5
+
+
+def run(
+    embedder: Embedder,
+    *,
+    name: str,
+    host: str,
+    port: int,
+    api_key: str | None,
+    limits: Limits,
+    grace: float,
+    announce: Callable[[str], None],
+) -> None:
+    """Serve until SIGTERM or SIGINT; then take nothing new, and finish what was accepted.
+
+    Args:
+        embedder: The model.
+        name: The name it is served under.
+        host: Address to listen on.
+        port: Port; 0 for a free one.
+        api_key: What clients must send; None asks for nothing.
+        limits: What is accepted.
+        grace: Seconds for finishing.
+        announce: Called with the server's address once it listens.
+
+    Raises:
+        ConfigurationError: If it cannot listen there.
+    """
+    listening = _socket(host, port)
+    service = Service(embedder, name=name, limits=limits)
+    config = uvicorn.Config(
+        create_app(service, api_key=api_key, grace=grace),
+        log_level="warning",
+        access_log=False,  # addresses of clients are nobody's business by default
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=max(1, round(grace)),
+    )
+    address, taken = listening.getsockname()[:2]
+    announce(f"http://{f'[{address}]' if ':' in address else address}:{taken}")
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _socket(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(socket.SOMAXCONN)
+    except OSError as error:
+        raise ConfigurationError(f"--host {host} --port {port}: {error.strerror or error}; choose another one.") from None
+    return listening

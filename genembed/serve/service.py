@@ -1,0 +1,186 @@
+"""From the texts of a request to their vectors, whatever protocol it came by."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from genembed.embedder import Embedder
+from genembed.errors import ConfigurationError, InputError
+from genembed.halting import ConvergeStop, FixedSteps, rule_from_json
+from genembed.serve.failures import Failure, failure_of
+from genembed.serve.limits import Limits
+from genembed.serve.live import LiveEngine, OverloadedError
+from genembed.serve.terms import Terms
+from genembed.tokens import Tokenised
+
+QUERY = ("search_query", "query", "retrieval.query")
+DOCUMENT = ("search_document", "document", "passage", "retrieval.passage")
+BARE = ("classification", "clustering", "separation", "text-matching")
+"""What clients call the purpose of a text: those that mean a query, a document, or neither."""
+
+SILENT_SECONDS = 5.0
+"""After which an engine that has given no sign of life counts as frozen."""
+_PROBE = "ready?"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """How a client wants its texts embedded."""
+
+    instruction: str | None = None
+    purpose: str | None = None
+    """Instead of an instruction: one of `QUERY`, `DOCUMENT`, `BARE`."""
+    steps: int | None = None
+    halt: Mapping[str, Any] | None = None
+    """A halting rule, as in a settings file."""
+    deadline_ms: float | None = None
+    """Milliseconds after which the best vector there is will do."""
+    truncate: Literal["right", "error"] = "error"
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The texts of a request, embedded."""
+
+    vectors: Float[np.ndarray, "texts hidden"]
+    steps: list[int]
+    truncated: list[bool]
+    complete: list[bool]
+    """Whether the halting rule ended the text, and not the deadline."""
+    tokens: int
+    """Prompt tokens read."""
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what a response says of each text beside its vector."""
+        return {"steps": self.steps, "truncated": self.truncated, "complete": self.complete}
+
+
+class Service:
+    """A model that embeds the texts of many requests at a time.
+
+    Args:
+        embedder: The model.
+        name: The name it is served under.
+        limits: What is accepted.
+    """
+
+    def __init__(self, embedder: Embedder, *, name: str, limits: Limits) -> None:
+        settings = embedder.settings
+        self.embedder = embedder
+        self.name = name
+        self.limits = limits
+        self.live = LiveEngine(
+            embedder,
+            max_rows=limits.rows(settings.max_length),
+            max_queue_tokens=limits.queue_tokens,
+            max_steps=max(limits.steps, settings.halt.max_steps),
+        )
+        # A thread of its own: tokenising a long text must not hold up other connections, and tokenizers are not for several threads.
+        self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="genembed-tokenizer")
+
+    async def embed(self, texts: Sequence[str], wish: Wish) -> Embedded:
+        """Embed the texts of one request; cancelled, it gives them up.
+
+        Raises:
+            Failure: If the request cannot be served.
+        """
+        self._check(texts)
+        try:
+            terms, instruction = self._terms(wish), self._instruction(wish)
+            tokenised = await asyncio.get_running_loop().run_in_executor(self._tokenising, self._tokenise, texts, instruction, wish)
+            tickets = self.live.submit(tokenised.ids, [terms] * len(texts))
+        except Exception as error:
+            raise failure_of(error) from error
+        try:
+            answers = await asyncio.gather(*(asyncio.wrap_future(ticket.answer) for ticket in tickets))
+        except asyncio.CancelledError:
+            self.live.leave(tickets)
+            raise
+        except Exception as error:
+            self.live.leave(tickets)
+            raise failure_of(error) from error
+        return Embedded(
+            np.stack([answer.vector for answer in answers]),
+            [answer.steps for answer in answers],
+            tokenised.truncated.tolist(),
+            [answer.complete for answer in answers],
+            int(tokenised.tokens.sum()),
+        )
+
+    async def ready(self) -> bool:
+        """Tell whether a text would be embedded now, by having one embedded."""
+        if time.monotonic() - self.live.last_sign > SILENT_SECONDS:
+            return False
+        probe = Wish(steps=int(self.embedder.settings.pooling.needs_steps))
+        try:
+            async with asyncio.timeout(SILENT_SECONDS):
+                await self.embed([_PROBE], probe)
+        except TimeoutError:
+            return False
+        except Failure as failure:
+            return isinstance(failure.__cause__, OverloadedError)  # busy is not broken
+        return True
+
+    def close(self, *, grace: float) -> bool:
+        """Finish what was accepted; tell whether all of it was."""
+        done = self.live.close(grace=grace)
+        self._tokenising.shutdown(wait=False, cancel_futures=True)
+        return done
+
+    def _check(self, texts: Sequence[str]) -> None:
+        if not texts:
+            raise Failure(400, "input is empty: give at least one text.", code="invalid_input", param="input")
+        most = self.limits.client_batch
+        if len(texts) > most:
+            raise Failure(413, f"{len(texts)} texts in one request; at most {most} are taken: send several requests.", param="input")
+
+    def _terms(self, wish: Wish) -> Terms:
+        if wish.steps is not None and wish.halt is not None:
+            raise ConfigurationError(f"steps={wish.steps} and halt={dict(wish.halt)} both say when to stop; give one of them.")
+        rule: FixedSteps | ConvergeStop = self.embedder.settings.halt
+        if wish.steps is not None:
+            rule = FixedSteps(wish.steps)
+        elif wish.halt is not None:
+            rule = rule_from_json(wish.halt)
+        if rule.max_steps > self.live.max_steps:
+            raise ConfigurationError(f"{rule} asks for {rule.max_steps} steps; this server does at most {self.live.max_steps}.")
+        self.embedder.backbone.check_halt(rule)
+        if wish.deadline_ms is None:
+            return Terms(rule=rule)
+        if not wish.deadline_ms > 0:
+            raise ConfigurationError(f"deadline_ms={wish.deadline_ms}: must be positive.")
+        return Terms(rule=rule, deadline=time.monotonic() + wish.deadline_ms / 1_000)
+
+    def _instruction(self, wish: Wish) -> str | None:
+        if wish.purpose is None:
+            return wish.instruction
+        if wish.instruction is not None:
+            raise ConfigurationError(
+                f"instruction={wish.instruction!r:.80} and {wish.purpose!r} both say what the texts are for; give one."
+            )
+        settings = self.embedder.settings
+        if wish.purpose in QUERY:
+            return settings.query_instruction
+        if wish.purpose in DOCUMENT:
+            return settings.document_instruction
+        if wish.purpose in BARE:
+            return None
+        raise ConfigurationError(
+            f"{wish.purpose!r} is no purpose; known ones: {', '.join((*QUERY, *DOCUMENT, *BARE))}; or give an instruction."
+        )
+
+    def _tokenise(self, texts: Sequence[str], instruction: str | None, wish: Wish) -> Tokenised:
+        tokenised = self.embedder.tokenizer(texts, instruction)
+        if wish.truncate == "error" and tokenised.truncated.any():
+            row = int(tokenised.truncated.argmax())
+            most = self.embedder.settings.max_length
+            raise InputError(f"text {row} does not fit into the model's {most} tokens; shorten it, or allow truncate='right'.", row=row)
+        return tokenised
