@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import config, install_import_hook
 
@@ -68,17 +69,24 @@ def untyped_caller() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_network() -> Iterator[list[str]]:
-    """Refuse every connection and every name look-up, from before the first model is loaded."""
+    """Refuse every connection and every name look-up but those to this machine itself, from before the first model is loaded."""
     attempts: list[str] = []
 
-    def refuse(*arguments: object, **_: object) -> None:
-        attempts.append(repr(arguments))
-        raise ConnectionRefusedError("the tests have no network")
+    def guarded(call: Callable[..., Any], place: int) -> Callable[..., Any]:
+        def own_machine_only(*arguments: Any, **options: Any) -> Any:
+            address = arguments[place]
+            host = address[0] if isinstance(address, tuple) else address
+            if host not in ("127.0.0.1", "::1"):
+                attempts.append(repr(arguments))
+                raise ConnectionRefusedError("the tests have no network")
+            return call(*arguments, **options)
+
+        return own_machine_only
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(socket.socket, "connect", refuse)
-        patch.setattr(socket.socket, "connect_ex", refuse)
-        patch.setattr(socket, "getaddrinfo", refuse)
+        patch.setattr(socket.socket, "connect", guarded(socket.socket.connect, 1))
+        patch.setattr(socket.socket, "connect_ex", guarded(socket.socket.connect_ex, 1))
+        patch.setattr(socket, "getaddrinfo", guarded(socket.getaddrinfo, 0))
         yield attempts
 
 

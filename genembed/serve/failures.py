@@ -34,6 +34,8 @@ class Failure(Exception):  # noqa: N818 - most of them are the client's
     def headers(self) -> dict[str, str]:
         """Headers of the answer."""
         found = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE):
+            found["Connection"] = "close"  # what is still to come is not read
         return found | ({"WWW-Authenticate": "Bearer"} if self.status == HTTPStatus.UNAUTHORIZED else {})
 
     def openai(self) -> dict[str, Any]:
