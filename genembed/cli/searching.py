@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,7 +124,7 @@ def index(
         list[str] | None, typer.Option(metavar="COLUMN", help="Column of files of rows to keep for --where; may be given several times.")
     ] = None,
     ann: Annotated[
-        bool, typer.Option("--ann", help="Make an approximate index too, for 100,000 texts and more; its recall is measured.")
+        bool, typer.Option("--ann", help="Make an approximate index of the vectors too, for very many texts; its recall is measured.")
     ] = False,
     as_json: Json = False,
     changing: ChangeOptions,
@@ -139,6 +140,7 @@ def index(
     """
     from genembed.index import Index, check_target, read_passages
 
+    os.environ.setdefault("LANCE_INCLUDE_VECTOR_CENTROIDS", "false")  # else LanceDB warns of statistics that nobody has asked for
     if changing.delete is not None:
         options = (loading, refining, reading) != (LoadOptions(), RefineOptions(), FileOptions())
         _delete(output, changing.delete, unused=bool(paths or model or metadata or ann or options), as_json=as_json)
@@ -171,7 +173,9 @@ def _delete(output: Path, where: str, *, unused: bool, as_json: bool) -> None:
     from genembed.index import Index
 
     if unused:
-        raise ConfigurationError(f"--delete {where}: removes passages, and neither reads nor embeds any; leave paths and other options out.")
+        raise ConfigurationError(
+            f"--delete {where}: removes passages, and neither reads nor embeds any; leave paths and other options out."
+        )
     changed = Index.open(output)
     removed = changed.delete(where)
     summary = {"output": str(output), "removed": removed, "rows": len(changed)}

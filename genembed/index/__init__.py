@@ -18,7 +18,7 @@ from genembed.errors import ConfigurationError, TextError
 from genembed.files import replacing_folder
 from genembed.halting import HaltingRule
 from genembed.index import table as tables
-from genembed.index.approximate import approximate, measured
+from genembed.index.approximate import make_approximation, measured
 from genembed.index.description import (
     DESCRIPTION_FILE,
     Approximation,
@@ -139,7 +139,7 @@ class Index:
                 instruction=instruction,
                 fingerprint=fingerprint(embedder),
                 seconds=seconds,
-                approximation=approximate(table) if ann else None,
+                approximation=make_approximation(table) if ann else None,
                 **contents(table),
                 **origin(embedder.source),
             )
@@ -349,7 +349,7 @@ class Index:
             for rows in add:
                 table.add(rows)
             table.optimize(cleanup_older_than=_NEVER)  # the indexes learn of the new rows; what others read stays
-            approximation = approximate(table) if ann else None if before.approximation is None else measured(table)
+            approximation = make_approximation(table) if ann else None if before.approximation is None else measured(table)
         after = replace(before, seconds=before.seconds + seconds, approximation=approximation, **contents(table))
         self._check_changeable()
         write_description(self.folder, after)

@@ -20,7 +20,7 @@ _NEIGHBOURS = 10
 _QUERIES = 100
 
 
-def approximate(table: Any) -> Approximation:
+def make_approximation(table: Any) -> Approximation:
     """Make an approximate index of a table's vectors (a graph of neighbours over 8-bit vectors), and measure it.
 
     Raises:
