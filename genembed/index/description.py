@@ -36,7 +36,7 @@ class Approximation:
     neighbours: int
     """Neighbours that were asked for, the k of recall@k."""
     queries: int
-    """Vectors of the index that served as queries, each without itself among its neighbours."""
+    """How many queries were tried; each is the mean of two vectors of the index."""
 
 
 @dataclass(frozen=True, kw_only=True)

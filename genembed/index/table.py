@@ -28,7 +28,7 @@ except ModuleNotFoundError as missing:
 _NAME = "passages"
 _FUSED = 100
 """Texts that either list of a hybrid search brings, at least: reciprocal ranks below are too small to change the first ten."""
-_REFINED = 5
+_REFINED = 10
 """An approximate search looks for so many times more neighbours by their quantised vectors and ranks them by the true ones. Without it
 the distances are not even cosine ones: LanceDB 0.40 returns those of scalar-quantised vectors twice as large."""
 
