@@ -269,7 +269,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("embed bad.jsonl -o v.npy", ["bad.jsonl, line 1: invalid JSON"]),
     ("embed MODEL/genembed.json -o v.npy --format jsonl", ["no column 'text'", "max_length"]),
     ("index absent -o new", ["absent: no such file"]),
-    ("index . -o new", ["no .txt, .md, .rst, .py file"]),
+    ("index . -o new", ["no text, web page or source code in this folder"]),
     ("index TEXTS -o INDEX", ["there is an index already", "--overwrite"]),
     ("index TEXTS -o TEXTS", ["is a file; an index is a folder"]),
     ("index TEXTS -o MODEL --overwrite", ["other things in it"]),

@@ -18,7 +18,8 @@ import doubles
 import genembed.index
 from genembed import CheckpointError, ConfigurationError, Embedder, FixedSteps, InputError, MissingExtraError, ModelSettings, load
 from genembed.index import Index, Passage, fingerprint, read_passages
-from genembed.index.passages import beginning_of, split_prose
+from genembed.index.chunks import split_prose
+from genembed.index.passages import beginning_of
 
 TEXTS = ["a stitch in time", "the language of models", "business trips", "fasting glucose", ""]
 PASSAGES = [Passage(text, f"row {row}", beginning_of(text)) for row, text in enumerate(TEXTS)]
@@ -110,7 +111,7 @@ def test_another_model_is_refused_and_the_same_one_under_another_rule_is_not(bui
 def test_changed_weights_and_changed_settings_change_the_fingerprint(
     folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(genembed.index, "_SAMPLE_BYTES", 16)
+    monkeypatch.setattr(genembed.index.description, "_SAMPLE_BYTES", 16)
     folder = shutil.copytree(folder_of("bert"), tmp_path / "bert")
     first = load(folder)
     known = fingerprint(first)
@@ -190,7 +191,8 @@ def test_a_table_that_breaks_after_it_was_opened_is_called_damaged(bert: Embedde
 
 def test_without_lancedb_the_message_has_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lancedb", None)
-    monkeypatch.delitem(sys.modules, "genembed.index")
+    for name in [name for name in sys.modules if name.split(".")[:2] == ["genembed", "index"]]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(MissingExtraError, match=r"lancedb is not installed: .* pip install 'genembed\[index\]'"):
         __import__("genembed.index")
     monkeypatch.undo()
@@ -202,9 +204,9 @@ def test_a_file_of_rows_gives_one_passage_for_each(tmp_path: Path) -> None:
     lines.write_text("one\n\ntwo\n")
     rows.write_text('\n{"text": "three", "id": "c"}\n')
     assert list(read_passages([lines, rows])) == [
-        Passage("one", f"{lines}:1", "one"),
-        Passage("two", f"{lines}:3", "two"),
-        Passage("three", f"{rows}:2", "three"),
+        Passage("one", f"{lines}:1", "one", str(lines), "txt"),
+        Passage("two", f"{lines}:3", "two", str(lines), "txt"),
+        Passage("three", f"{rows}:2", "three", str(rows), "jsonl"),
     ]
     assert [passage.reference for passage in read_passages([rows], id_column="id")] == ["c"]
 
@@ -223,12 +225,12 @@ def test_a_folder_gives_passages_of_its_text_files_and_docstrings_of_its_source(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     assert list(read_passages([tmp_path])) == [
-        Passage("a.area(w, h=1): Return the area.", f"{tmp_path}/a.py:2", "a.area: Return the area."),
-        Passage("Text", f"{tmp_path}/c.rst:1", "Text"),
-        Passage("# Title\n\nFirst.", f"{tmp_path}/b/notes.md:1", "# Title First."),
-        Passage("p.C: A class.", f"{tmp_path}/p/__init__.py:1", "p.C: A class."),
+        Passage("a.area(w, h=1): Return the area.", f"{tmp_path}/a.py:2", "a.area: Return the area.", f"{tmp_path}/a.py", "py"),
+        Passage("Text", f"{tmp_path}/c.rst:1", "Text", f"{tmp_path}/c.rst", "rst"),
+        Passage("# Title\n\nFirst.", f"{tmp_path}/b/notes.md:1", "# Title First.", f"{tmp_path}/b/notes.md", "md"),
+        Passage("p.C: A class.", f"{tmp_path}/p/__init__.py:1", "p.C: A class.", f"{tmp_path}/p/__init__.py", "py"),
     ]
-    assert list(read_passages([tmp_path / "c.rst"])) == [Passage("Text", f"{tmp_path}/c.rst:1", "Text")]
+    assert list(read_passages([tmp_path / "c.rst"])) == [Passage("Text", f"{tmp_path}/c.rst:1", "Text", f"{tmp_path}/c.rst", "rst")]
 
 
 def test_unreadable_files_of_a_folder_are_left_out_with_a_warning_and_refused_by_name(tmp_path: Path) -> None:
@@ -242,7 +244,7 @@ def test_unreadable_files_of_a_folder_are_left_out_with_a_warning_and_refused_by
     with pytest.raises(ConfigurationError, match=r"absent\.md: no such file"):
         list(read_passages([tmp_path / "absent.md"]))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigurationError, match=r"no \.txt, \.md, \.rst, \.py file in this folder or below it"):
+    with pytest.raises(ConfigurationError, match=r"no text, web page or source code in this folder or below it \(\.txt, \.md"):
         list(read_passages([tmp_path / "empty"]))
 
 

@@ -2,15 +2,93 @@
 
 from __future__ import annotations
 
+import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from genembed.cli.options import FileOptions, Json, LoadOptions, Model, RefineOptions, command
 from genembed.cli.output import print_json, print_result, with_bar
+from genembed.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import genembed
+    from genembed.index import Hit, Index
+
+_RANK = "rank"
+"""Says for `--halt` that the index decides, and no file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangeOptions:
+    """What is done to an index that is there."""
+
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the index that is there.")] = False
+    update: Annotated[bool, typer.Option("--update", help="Add to the index that is there; only new texts are embedded.")] = False
+    prune: Annotated[
+        bool, typer.Option("--prune", help="With --update: remove passages of the named files and folders that are no longer in them.")
+    ] = False
+    delete: Annotated[
+        str | None, typer.Option(metavar="FILTER", help="Instead of adding: remove the passages that meet a condition, as in --where.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Refuse options that contradict one another."""
+        given = [f"--{name}" for name in ("overwrite", "update") if getattr(self, name)] + ["--delete"] * (self.delete is not None)
+        if len(given) > 1:
+            raise ConfigurationError(f"{' and '.join(given)} contradict each other; give one of them.")
+        if self.prune and not self.update:
+            raise ConfigurationError("--prune: says what an update does with old passages; give --update with it.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindOptions:
+    """How an index is searched."""
+
+    where: Annotated[
+        str | None,
+        typer.Option(metavar="FILTER", help="Search only passages that meet a condition of SQL: \"kind = 'md' AND year > 2020\"."),
+    ] = None
+    hybrid: Annotated[bool, typer.Option("--hybrid", help="Join the hits by meaning and by words (BM25), by their ranks.")] = False
+    lexical: Annotated[bool, typer.Option("--lexical", help="Search by words alone (BM25); no model is loaded.")] = False
+    exact: Annotated[bool, typer.Option("--exact", help="Compare every vector, also where there is an approximate index.")] = False
+    patience: Annotated[
+        int | None, typer.Option(help="With --halt rank: steps in a row that must not change the first ten hits; 2 if not given.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Refuse options that contradict one another."""
+        if self.lexical and (self.hybrid or self.exact or self.patience is not None):
+            raise ConfigurationError("--lexical: compares no vectors, so --hybrid, --exact and --patience say nothing; leave them out.")
+
+    def find(self, index: Index, vector: Any, query: str, k: int) -> list[Hit]:
+        """Search an index for a query, whose vector is needed unless only its words are."""
+        if self.lexical:
+            return index.search_lexical(query, k=k, where=self.where)
+        if self.hybrid:
+            return index.search_hybrid(vector, query, k=k, where=self.where, exact=self.exact)
+        return index.search(vector, k=k, where=self.where, exact=self.exact)
+
+    def rule(self, index: Index, refining: RefineOptions, settings: genembed.ModelSettings) -> genembed.HaltingRule:
+        """Return the halting rule of the query; `--halt rank` searches the index after every step."""
+        if refining.halt != _RANK:
+            if self.patience is not None:
+                raise ConfigurationError(f"--patience {self.patience}: belongs to --halt rank; give it with that.")
+            return refining.rule(settings)
+        from genembed.index.rank_stop import RankStop
+
+        if not settings.halt.max_steps:
+            raise ConfigurationError(f"--halt rank has no effect on a model that does {settings.halt}; leave it out.")
+        return RankStop(
+            index=index,
+            patience=2 if self.patience is None else self.patience,
+            max_steps=settings.halt.max_steps,
+            where=self.where,
+            exact=self.exact,
+        )
 
 
 @command
@@ -32,26 +110,49 @@ def demo(
 
 @command
 def index(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files of rows (txt, jsonl, csv, parquet), text files, folders.")],
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PATH...", help="Files of rows (txt, jsonl, csv, parquet), - for stdin, text files, folders."),
+    ] = None,
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the index.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the index that is there.")] = False,
-    model: Model = "mini",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Built-in model, model folder, or hub id; mini if not given, or what made the index."),
+    ] = None,
+    metadata: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="Column of files of rows to keep for --where; may be given several times.")
+    ] = None,
+    ann: Annotated[
+        bool, typer.Option("--ann", help="Make an approximate index of the vectors too, for very many texts; its recall is measured.")
+    ] = False,
     as_json: Json = False,
+    changing: ChangeOptions,
     loading: LoadOptions,
     refining: RefineOptions,
     reading: FileOptions,
 ) -> None:
-    """Embed files and folders into a searchable index.
+    """Embed files and folders into a searchable index, add to one, or remove from one.
 
-    A file of rows gives one passage for each row. Folders are searched for .txt, .md and .rst files, which are cut at paragraphs,
-    and for .py files, which give one passage for each documented public function, class or method.
+    A file of rows gives one passage for each row. Folders are searched for text files and web pages, which are cut at paragraphs, for
+    source code, which is cut between blocks, and for .py files, which give one passage for each documented public function, class or
+    method.
     """
     from genembed.index import Index, check_target, read_passages
 
-    check_target(output, overwrite=overwrite)
-    passages = list(with_bar(read_passages(paths, **asdict(reading)), "reading"))
-    embedder = loading.load(model)
+    os.environ.setdefault("LANCE_INCLUDE_VECTOR_CENTROIDS", "false")  # else LanceDB warns of statistics that nobody has asked for
+    if changing.delete is not None:
+        options = (loading, refining, reading) != (LoadOptions(), RefineOptions(), FileOptions())
+        _delete(output, changing.delete, unused=bool(paths or model or metadata or ann or options), as_json=as_json)
+        return
+    if not paths:
+        raise ConfigurationError("there is nothing to index: name files or folders, or - for stdin.")
+    if changing.update:
+        _update(output, paths, model, metadata or [], changing, loading, refining, reading, ann=ann, as_json=as_json)
+        return
+    check_target(output, overwrite=changing.overwrite)
+    passages = list(with_bar(read_passages(paths, **asdict(reading), metadata=metadata or []), "reading"))
+    embedder = loading.load(model or "mini")
     built = Index.build(
         output,
         embedder,
@@ -59,12 +160,71 @@ def index(
         instruction=refining.instruction,
         halt=refining.rule(embedder.settings),
         truncate=refining.truncate,
-        overwrite=overwrite,
+        ann=ann,
+        overwrite=changing.overwrite,
         show_progress_bar=True,
     )
     summary = {"output": str(output), **asdict(built.description)}
     line = "{output}: {rows} passages of {dimensions} dimensions, {steps:.2f} steps on average, {seconds:.1f} s".format(**summary)
-    print_result(summary, line, as_json=as_json)
+    print_result(summary, line + _recall(built), as_json=as_json)
+
+
+def _delete(output: Path, where: str, *, unused: bool, as_json: bool) -> None:
+    from genembed.index import Index
+
+    if unused:
+        raise ConfigurationError(
+            f"--delete {where}: removes passages, and neither reads nor embeds any; leave paths and other options out."
+        )
+    changed = Index.open(output)
+    removed = changed.delete(where)
+    summary = {"output": str(output), "removed": removed, "rows": len(changed)}
+    print_result(summary, f"{output}: {removed} passages removed, {len(changed)} left", as_json=as_json)
+
+
+def _update(
+    output: Path,
+    paths: list[str],
+    model: str | None,
+    metadata: list[str],
+    changing: ChangeOptions,
+    loading: LoadOptions,
+    refining: RefineOptions,
+    reading: FileOptions,
+    *,
+    ann: bool,
+    as_json: bool,
+) -> None:
+    from genembed.index import Index, read_passages
+
+    changed = Index.open(output)
+    made = changed.description
+    if metadata and set(metadata) != set(made.metadata):
+        known = " ".join(made.metadata) or "none"
+        raise ConfigurationError(f"--metadata {' '.join(metadata)}: {output} keeps other columns ({known}); name those, or build it again.")
+    if refining.instruction is not None and refining.instruction != made.instruction:
+        raise ConfigurationError(
+            f"--instruction {refining.instruction!r}: the texts of {output} were embedded under {made.instruction!r}; leave it out."
+        )
+    passages = list(with_bar(read_passages(paths, **asdict(reading), metadata=metadata), "reading"))
+    embedder = loading.load(model or made.model, adapter=made.adapter, preset=made.model_settings)
+    done = changed.update(
+        embedder,
+        passages,
+        prune=paths if changing.prune else (),
+        halt=refining.rule(embedder.settings),
+        truncate=refining.truncate,
+        ann=ann,
+        show_progress_bar=True,
+    )
+    summary = {"output": str(output), **asdict(done), **asdict(changed.description)}
+    line = "{output}: {embedded} passages embedded, {copied} copied, {moved} moved, {removed} removed, {unchanged} as they were; {rows} now"
+    print_result(summary, line.format(**summary) + _recall(changed), as_json=as_json)
+
+
+def _recall(index: Index) -> str:
+    made = index.description.approximation
+    return "" if made is None else f"; approximate index {made.kind}, recall@{made.neighbours} {made.recall:.3f} of {made.queries} queries"
 
 
 @command
@@ -73,6 +233,7 @@ def search(
     query: Annotated[str, typer.Argument(help="What to look for.")],
     *,
     k: Annotated[int, typer.Option("--hits", "-k", help="Hits to show.")] = 10,
+    finding: FindOptions,
     model: Annotated[
         str | None,
         typer.Option("--model", "-m", help="The model that made the index, if it has moved; how it was loaded, the index knows."),
@@ -81,17 +242,27 @@ def search(
     loading: LoadOptions,
     refining: RefineOptions,
 ) -> None:
-    """Find the passages of an index that are nearest to a query."""
+    """Find the passages of an index that are nearest to a query.
+
+    With --halt rank the index is searched after every step of the query, which stops when its first ten hits no longer change.
+    """
     from genembed.index import Index
 
     found_in = Index.open(folder)
-    made = found_in.description
-    embedder = loading.load(model or made.model, adapter=made.adapter, preset=made.model_settings)
-    found_in.check(embedder)
-    begin = time.perf_counter()
-    done = refining.refine(embedder, [query], instruction=embedder.settings.query_instruction)
-    hits = found_in.search(done.vectors[0], k=k)
-    seconds, steps = time.perf_counter() - begin, int(done.steps[0])
+    if finding.lexical and (model, loading, refining) != (None, LoadOptions(), RefineOptions()):
+        raise ConfigurationError("--lexical: loads no model, so options of a model and of its steps say nothing; leave them out.")
+    vector, steps, begin = None, 0, time.perf_counter()
+    if not finding.lexical:
+        made = found_in.description
+        embedder = loading.load(model or made.model, adapter=made.adapter, preset=made.model_settings)
+        found_in.check(embedder)
+        rule = finding.rule(found_in, refining, embedder.settings)
+        instruction = embedder.settings.query_instruction if refining.instruction is None else refining.instruction
+        begin = time.perf_counter()
+        done = embedder.refine([query], instruction=instruction, halt=rule, truncate=refining.truncate, show_progress_bar=True)
+        vector, steps = done.vectors[0], int(done.steps[0])
+    hits = finding.find(found_in, vector, query, k)
+    seconds = time.perf_counter() - begin
     if as_json:
         print_json({"query": query, "steps": steps, "seconds": seconds, "hits": [asdict(hit) for hit in hits]})
         return

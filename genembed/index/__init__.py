@@ -2,84 +2,75 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from genembed.embedder import Embedder, Refinement
-from genembed.errors import CheckpointError, ConfigurationError, TextError, missing_extra
-from genembed.files import replacing, replacing_folder
+from genembed.embedder import Embedder
+from genembed.errors import ConfigurationError, TextError
+from genembed.files import replacing_folder
 from genembed.halting import HaltingRule
+from genembed.index import table as tables
+from genembed.index.approximate import make_approximation, measured
+from genembed.index.description import (
+    DESCRIPTION_FILE,
+    Approximation,
+    Description,
+    absolute,
+    check_target,
+    damaged,
+    fingerprint,
+    origin,
+    passages_hash,
+    read_description,
+    write_description,
+)
 from genembed.index.passages import Passage, docstring_passage, read_passages
-from genembed.settings import ModelSettings
-from genembed.source import BUILTIN, Source
+from genembed.index.plan import SHOWN_COLUMNS, plan_update
+from genembed.index.rows import contents, kept_rows
+from genembed.index.table import Hit
 
-try:
-    import lancedb
-    import pyarrow
-except ModuleNotFoundError as missing:
-    raise missing_extra("index", missing.name or "lancedb") from missing
+__all__ = [
+    "DESCRIPTION_FILE",
+    "Approximation",
+    "Changes",
+    "Description",
+    "Hit",
+    "Index",
+    "Passage",
+    "check_target",
+    "docstring_passage",
+    "fingerprint",
+    "passages_hash",
+    "read_passages",
+]
 
-__all__ = ["Description", "Hit", "Index", "Passage", "docstring_passage", "fingerprint", "passages_hash", "read_passages"]
-
-DESCRIPTION_FILE = "genembed-index.json"
-FORMAT_VERSION = 1
-"""Version of the description file; a reader refuses another one."""
-
-_TABLE = "passages"
-_SAMPLE_BYTES = 1 << 20
-"""Bytes at either end of a weight file that its fingerprint reads: training changes every part of a file, and a base model
-may be too large to be read whole for each search."""
+_NEVER = timedelta(days=36_500)
+_KEPT = timedelta(days=1)
+"""How long an earlier version of the table stays for those who are reading it."""
+_ROWS_AT_ONCE = 10_000
+"""Rows that one statement deletes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Description:
-    """What the index folder says about itself."""
+class Changes:
+    """What an update did, in numbers of passages."""
 
-    model: str
-    """Name, folder or hub id of the model."""
-    dimensions: int
-    halt: str
-    """Halting rule of the texts; queries may use another."""
-    instruction: str | None
-    """Instruction the texts were embedded under."""
-    fingerprint: str
-    """Hash of the model's settings and weights, see `fingerprint`."""
-    passages: str
-    """Hash of references and texts, see `passages_hash`."""
-    rows: int
-    steps: float
-    """Refinement steps done for a text, mean; 0 if there is no text."""
-    seconds: float
-    """Time the embedding took."""
-    adapter: str | None = None
-    """Folder or hub id of the adapter that was named beside the model, if any."""
-    preset: str | dict[str, Any] | None = None
-    """What was given instead of the model's own settings: a preset's name, or settings as in a settings file."""
-
-    @property
-    def model_settings(self) -> str | ModelSettings | None:
-        """The preset as `genembed.load` takes it; None where the model's own settings hold."""
-        return ModelSettings.from_json(self.preset, source=DESCRIPTION_FILE) if isinstance(self.preset, dict) else self.preset
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A text that was found."""
-
-    score: float
-    """Cosine with the query."""
-    reference: str
-    summary: str
-    text: str
+    embedded: int
+    """Texts that the index did not have."""
+    copied: int
+    """Texts that it had from elsewhere; their vectors were copied."""
+    moved: int
+    """Passages whose place or metadata have changed; they keep their vectors."""
+    removed: int
+    unchanged: int
 
 
 class Index:
@@ -89,6 +80,8 @@ class Index:
         self.folder = folder
         self.description = description
         self._table = table
+        there = set(table.schema.names)  # an index of before files were noted lacks some
+        self._shown = [name for name in ("reference", "summary", "text", "path", "kind", *description.metadata) if name in there]
 
     def __len__(self) -> int:
         """Return the number of texts."""
@@ -104,6 +97,7 @@ class Index:
         instruction: str | None = None,
         halt: HaltingRule | None = None,
         truncate: Literal["right", "error"] = "right",
+        ann: bool = False,
         overwrite: bool = False,
         show_progress_bar: bool = False,
     ) -> Index:
@@ -116,39 +110,40 @@ class Index:
             instruction: What the vectors are for; the model's own one for documents if None.
             halt: When a text is finished; the model's own rule if None.
             truncate: Cut texts that are too long from the right, or refuse them (`error`).
+            ann: Make an approximate index of the vectors as well, for many texts; its recall is measured and noted.
             overwrite: Replace the index that is there.
             show_progress_bar: Show a bar on stderr when the work takes more than a second.
 
         Raises:
             ConfigurationError: If the folder is taken or cannot be written.
-            InputError: If a text cannot be embedded; the message has its row.
+            InputError: If a text cannot be embedded, with its row, or a column of metadata is not of one type.
         """
         settings = embedder.settings
         instruction = settings.document_instruction if instruction is None else instruction
         check_target(Path(folder), overwrite=overwrite)
         with replacing_folder(Path(folder)) as temporary:
             begin = time.perf_counter()
-            texts = [passage.text for passage in passages]
             with _naming(passages):
-                refinement = embedder.refine(
-                    texts, instruction=instruction, halt=halt, truncate=truncate, show_progress_bar=show_progress_bar
+                done = embedder.refine(
+                    [passage.text for passage in passages],
+                    instruction=instruction,
+                    halt=halt,
+                    truncate=truncate,
+                    show_progress_bar=show_progress_bar,
                 )
+            seconds = time.perf_counter() - begin
+            table = tables.create_table(temporary, tables.arrow_table(passages, done.vectors, done.steps, done.truncated))
             description = Description(
                 dimensions=embedder.get_embedding_dimension(),
                 halt=repr(settings.halt if halt is None else halt),
                 instruction=instruction,
                 fingerprint=fingerprint(embedder),
-                passages=passages_hash(passages),
-                rows=len(texts),
-                steps=float(refinement.steps.mean()) if texts else 0.0,
-                seconds=time.perf_counter() - begin,
-                **_origin(embedder.source),
+                seconds=seconds,
+                approximation=make_approximation(table) if ann else None,
+                **contents(table),
+                **origin(embedder.source),
             )
-            _connect(temporary).create_table(_TABLE, data=_table(passages, refinement))
-            with replacing(temporary / DESCRIPTION_FILE) as file:
-                file.write(
-                    json.dumps({"format_version": FORMAT_VERSION, **asdict(description)}, indent=2, ensure_ascii=False).encode() + b"\n"
-                )
+            write_description(temporary, description)
         return cls.open(folder)
 
     @classmethod
@@ -160,14 +155,14 @@ class Index:
             CheckpointError: If its files do not belong together.
         """
         folder = Path(folder)
-        description = _read_description(folder)
+        description = read_description(folder)
         try:
-            table = _connect(folder).open_table(_TABLE)
+            table = tables.open_table(folder, description.version)
             rows = table.count_rows()
         except (OSError, ValueError, RuntimeError) as error:
-            raise _damaged(folder, error) from error
+            raise damaged(folder, error) from error
         if rows != description.rows:
-            raise _damaged(folder, f"{DESCRIPTION_FILE} says {description.rows} rows, and there are {rows}")
+            raise damaged(folder, f"{DESCRIPTION_FILE} says {description.rows} rows, and there are {rows}")
         return cls(folder, description, table)
 
     def check(self, embedder: Embedder) -> None:
@@ -177,58 +172,190 @@ class Index:
             ConfigurationError: With both names and the way out.
         """
         if fingerprint(embedder) != self.description.fingerprint:
-            other = f"{_absolute(embedder.source.name)!r} ({embedder.get_embedding_dimension()} dimensions)"
+            other = f"{absolute(embedder.source.name)!r} ({embedder.get_embedding_dimension()} dimensions)"
             raise ConfigurationError(
                 f"{self.folder}: made by the model {self.description.model!r} ({self.description.dimensions} dimensions); those of "
                 f"{other}, as its weights and settings are now, do not compare with its own: search with the model that made it, or "
                 "build the index again with --overwrite."
             )
 
-    def search(self, vector: Float[np.ndarray, "hidden"], *, k: int = 10) -> list[Hit]:
-        """Return the `k` texts whose vectors have the highest cosine with a query's, best first; every vector is compared.
+    def update(
+        self,
+        embedder: Embedder,
+        passages: Sequence[Passage],
+        *,
+        prune: Sequence[str | Path] = (),
+        halt: HaltingRule | None = None,
+        truncate: Literal["right", "error"] = "right",
+        ann: bool = False,
+        show_progress_bar: bool = False,
+    ) -> Changes:
+        """Add passages; only texts that the index does not have are embedded, under the instruction of the others.
+
+        The description is replaced last, in one instant: an update that is killed leaves the index as it was.
+
+        Args:
+            embedder: The model that made the index.
+            passages: What the index has to hold.
+            prune: Files and folders; passages of theirs that are not among `passages` are removed. Otherwise nothing is removed.
+            halt: When a text is finished; must be the rule of the others; the model's own rule if None.
+            truncate: Cut texts that are too long from the right, or refuse them (`error`).
+            ann: Make an approximate index of the vectors. One that is there is brought up to date in any case.
+            show_progress_bar: Show a bar on stderr when the work takes more than a second.
 
         Raises:
-            ConfigurationError: If `k` is not positive or the vector has another length.
+            ConfigurationError: If model, rule or metadata are others than those of the index, or somebody else has changed it.
+            InputError: If a text cannot be embedded; the message has its row.
         """
-        if k < 1:
-            raise ConfigurationError(f"k={k}: at least one hit has to be asked for.")
+        self._check_changeable()
+        self.check(embedder)
+        self._check_rule(embedder.settings.halt if halt is None else halt)
+        types = tables.metadata_types(self._table)
+        stored = tables.read_columns(self._table, [*SHOWN_COLUMNS, *types]).to_pydict()
+        plan = plan_update(stored, passages, metadata=list(types), prune=map(str, prune))
+        new = [passages[number] for number in plan.embed]
+        begin = time.perf_counter()
+        with _naming(new):
+            instruction = self.description.instruction
+            done = embedder.refine(
+                [passage.text for passage in new],
+                instruction=instruction,
+                halt=halt,
+                truncate=truncate,
+                show_progress_bar=show_progress_bar,
+            )
+        seconds = time.perf_counter() - begin
+        if plan or ann:
+            rows = [
+                tables.arrow_table(new, done.vectors, done.steps, done.truncated, types=types),
+                *kept_rows(self._table, plan, passages, types),
+            ]
+            self._change([*plan.moved.values(), *plan.gone], [part for part in rows if len(part)], seconds=seconds, ann=ann)
+        return Changes(
+            embedded=len(new),
+            copied=len(plan.copied),
+            moved=len(plan.moved),
+            removed=len(plan.gone),
+            unchanged=len(passages) - len(new) - len(plan.copied) - len(plan.moved),
+        )
+
+    def delete(self, where: str) -> int:
+        """Remove the texts that a filter finds, and return their number; as with `update`, all of it happens or nothing.
+
+        Args:
+            where: Condition of SQL over the index's columns.
+
+        Raises:
+            ConfigurationError: If the filter does not work, or somebody else has changed the index.
+        """
+        self._check_changeable()
+        with tables.answering(self.folder, where):
+            rows = self._table.search().where(where).select([]).with_row_id(True).limit(None).to_arrow()["_rowid"].to_pylist()
+        if rows:
+            self._change(rows, [], seconds=0.0, ann=False)
+        return len(rows)
+
+    def search(self, vector: Float[np.ndarray, "hidden"], *, k: int = 10, where: str | None = None, exact: bool = False) -> list[Hit]:
+        """Return the `k` texts whose vectors have the highest cosine with a query's, best first.
+
+        Every vector is compared, unless the index has an approximate index of them.
+
+        Args:
+            vector: The query's vector; its length does not matter.
+            k: Number of texts.
+            where: Condition of SQL over the index's columns; only texts that meet it are searched.
+            exact: Compare every vector in any case.
+
+        Raises:
+            ConfigurationError: If `k` is not positive, the vector has another length, or the filter does not work.
+        """
+        found = self._nearest(vector, k, where=where, exact=exact, columns=self._shown)
+        return self._hits(found, [1.0 - distance for distance in found["_distance"].to_pylist()])
+
+    def nearest(
+        self, vector: Float[np.ndarray, "hidden"], *, k: int = 10, where: str | None = None, exact: bool = False
+    ) -> tuple[int, ...]:
+        """Return the row ids of what `search` finds; cheaper where the texts are not needed."""
+        return tuple(self._nearest(vector, k, where=where, exact=exact, columns=[])["_rowid"].to_pylist())
+
+    def search_lexical(self, query: str, *, k: int = 10, where: str | None = None) -> list[Hit]:
+        """Return the `k` texts with the highest BM25 score for the words of a query, best first; no vector is compared.
+
+        Words are stemmed as English ones, and the commonest of them are left out, as LanceDB does it. Arguments and errors are those
+        of `search`.
+        """
+        _check_hits(k)
+        with tables.answering(self.folder, where):
+            found = tables.lexical(self._table, query, k, where=where, columns=self._shown)
+        return self._hits(found, found["_score"].to_pylist())
+
+    def search_hybrid(
+        self, vector: Float[np.ndarray, "hidden"], query: str, *, k: int = 10, where: str | None = None, exact: bool = False
+    ) -> list[Hit]:
+        """Return the `k` texts that come first when the lists by vector and by words are joined by their ranks, best first.
+
+        Arguments and errors are those of `search`; `query` is the text of the vector.
+        """
+        self._check_query(vector, k)
+        with tables.answering(self.folder, where):
+            found = tables.hybrid(
+                self._table, vector, query, k, where=where, approximate=self._approximate(exact=exact), columns=self._shown
+            )
+        return self._hits(found, found["_relevance_score"].to_pylist())
+
+    def _nearest(self, vector: np.ndarray, k: int, *, where: str | None, exact: bool, columns: Sequence[str]) -> Any:
+        self._check_query(vector, k)
+        with tables.answering(self.folder, where):
+            return tables.nearest(self._table, vector, k, where=where, approximate=self._approximate(exact=exact), columns=columns)
+
+    def _hits(self, found: Any, scores: Sequence[float]) -> list[Hit]:
+        own, kept = [name for name in self._shown if name not in self.description.metadata], self.description.metadata
+        return [
+            Hit(float(score), **{name: row[name] or "" for name in own}, metadata={name: row[name] for name in kept})
+            for score, row in zip(scores, found.to_pylist(), strict=True)
+        ]
+
+    def _approximate(self, *, exact: bool) -> bool:
+        return self.description.approximation is not None and not exact
+
+    def _check_query(self, vector: np.ndarray, k: int) -> None:
+        _check_hits(k)
         if vector.shape != (self.description.dimensions,):
             raise ConfigurationError(
                 f"a query vector of shape {vector.shape} does not compare with {self.description.dimensions} dimensions; use the model "
                 f"that made the index: {self.description.model}."
             )
-        columns = ["reference", "summary", "text", "_distance"]
-        try:
-            found = self._table.search(vector.astype(np.float32)).distance_type("cosine").limit(k).select(columns).to_list()
-        except (OSError, RuntimeError) as error:
-            raise _damaged(self.folder, error) from error
-        return [Hit(1.0 - float(row["_distance"]), row["reference"], row["summary"], row["text"]) for row in found]
 
+    def _check_changeable(self) -> None:
+        if "content_hash" not in self._table.schema.names:
+            raise ConfigurationError(f"{self.folder}: made before indexes could be changed; build it again with --overwrite.")
+        if read_description(self.folder) != self.description:
+            raise ConfigurationError(f"{self.folder}: somebody else has changed the index meanwhile; nothing was done, do it again.")
 
-def fingerprint(embedder: Embedder) -> str:
-    """Hash what decides a model's vectors: samples of its weight files, and its settings without those that only bring them closer."""
-    free = ("halt", "query_instruction", "parallel_passes")
-    settings = {name: value for name, value in embedder.settings.to_json().items() if name not in free}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    source = embedder.source
-    folders = [folder for folder in (source.base, source.adapter) if folder is not None]
-    files = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
-    for path in dict.fromkeys([*files, *([source.head] if source.head is not None else [])]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_SAMPLE_BYTES))
-            file.seek(max(size - _SAMPLE_BYTES, 0))
-            digest.update(file.read())
-    return digest.hexdigest()
+    def _check_rule(self, halt: HaltingRule) -> None:
+        if repr(halt) != self.description.halt:
+            raise ConfigurationError(
+                f"{self.folder}: its texts were refined under {self.description.halt}, and {halt!r} gives others; use the same rule, or "
+                "build the index again with --overwrite."
+            )
 
-
-def passages_hash(passages: Sequence[Passage]) -> str:
-    """Hash references and texts, in order."""
-    digest = hashlib.sha256()
-    for passage in passages:
-        digest.update(json.dumps([passage.reference, passage.text]).encode())
-    return digest.hexdigest()
+    def _change(self, remove: Sequence[int], add: Sequence[Any], *, seconds: float, ann: bool) -> None:
+        """Write a later version of the table, and then the description that makes it the index."""
+        before = self.description
+        with tables.changing(self.folder):
+            table = tables.writable_table(self.folder, before.version)
+            for first in range(0, len(remove), _ROWS_AT_ONCE):
+                table.delete(f"_rowid IN ({', '.join(map(str, remove[first : first + _ROWS_AT_ONCE]))})")
+            for rows in add:
+                table.add(rows)
+            table.optimize(cleanup_older_than=_NEVER)  # the indexes learn of the new rows; what others read stays
+            approximation = make_approximation(table) if ann else None if before.approximation is None else measured(table)
+        after = replace(before, seconds=before.seconds + seconds, approximation=approximation, **contents(table))
+        self._check_changeable()
+        write_description(self.folder, after)
+        self.description, self._table = after, table
+        with suppress(OSError, RuntimeError):  # the index is complete; what cannot be deleted now goes with the next change
+            table.optimize(cleanup_older_than=_KEPT)
 
 
 @contextmanager
@@ -241,69 +368,6 @@ def _naming(passages: Sequence[Passage]) -> Iterator[None]:
         raise type(error)(f"{where}{error}", row=error.row) from error
 
 
-def _origin(source: Source) -> dict[str, Any]:
-    """Return what has to be said to load the model again."""
-    return {
-        "model": _absolute(source.name),
-        "adapter": None if source.named_adapter is None else _absolute(source.named_adapter),
-        "preset": source.preset.to_json() if isinstance(source.preset, ModelSettings) else source.preset,
-    }
-
-
-def _absolute(name: str) -> str:
-    """Return the name of a model or adapter; a local folder's is absolute, as a search may start elsewhere."""
-    folder = Path(name).expanduser()
-    return str(folder.resolve()) if name not in BUILTIN and folder.is_dir() else name
-
-
-def _connect(folder: Path) -> Any:
-    return lancedb.connect(str(folder))
-
-
-def _table(passages: Sequence[Passage], refinement: Refinement) -> Any:
-    vectors = np.ascontiguousarray(refinement.vectors)
-    columns: dict[str, Any] = {
-        name: pyarrow.array([getattr(passage, name) for passage in passages], type=pyarrow.string())
-        for name in ("reference", "summary", "text")
-    }
-    flat = pyarrow.array(vectors.reshape(-1), type=pyarrow.float32())
-    columns["vector"] = pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-    columns["steps"] = pyarrow.array(refinement.steps, type=pyarrow.int32())
-    columns["truncated"] = pyarrow.array(refinement.truncated)
-    return pyarrow.table(columns)
-
-
-def _read_description(folder: Path) -> Description:
-    path = folder / DESCRIPTION_FILE
-    if not path.is_file():
-        raise ConfigurationError(f"{folder}: there is no index (no {DESCRIPTION_FILE}); make one with: genembed index PATH -o {folder}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        version = value.pop("format_version", None)
-        description = Description(**value)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise _damaged(folder, error) from error
-    if version != FORMAT_VERSION:
-        raise ConfigurationError(f"{path}: format_version {version!r} is not {FORMAT_VERSION}; build the index again with --overwrite.")
-    return description
-
-
-def _damaged(folder: Path, reason: object) -> CheckpointError:
-    return CheckpointError(f"{folder}: the index is damaged; build it again with --overwrite. ({reason})")
-
-
-def check_target(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a place where an index would destroy something.
-
-    Raises:
-        ConfigurationError: If there is a file, a folder of something else, or an index that is not to be overwritten.
-    """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ConfigurationError(f"{folder}: is a file; an index is a folder: choose another name.")
-    if (folder / DESCRIPTION_FILE).is_file():
-        if not overwrite:
-            raise ConfigurationError(f"{folder}: there is an index already; replace it with --overwrite, or choose another folder.")
-    elif any(folder.iterdir()):
-        raise ConfigurationError(f"{folder}: is a folder with other things in it, which would be lost; choose another one.")
+def _check_hits(k: int) -> None:
+    if k < 1:
+        raise ConfigurationError(f"k={k}: at least one hit has to be asked for.")

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from genembed.docstrings import Docstring, docstrings
 from genembed.errors import ConfigurationError, GenembedWarning, InputError
-from genembed.files import STANDARD_STREAM, decoded_lines, read_texts
+from genembed.files import STANDARD_STREAM, decoded_lines
+from genembed.index.chunks import group_paragraphs, split_code, split_prose
+from genembed.index.html import html_paragraphs
+from genembed.index.metadata import check_names, rows_with_metadata
 
-_PASSAGE_WORDS = 200
 _DOCSTRING_CHARACTERS, _SIGNATURE_CHARACTERS = 250, 80
 """A docstring says what it is about at its beginning; what follows costs time and blurs the vector."""
 
 _PROSE = (".txt", ".md", ".rst")
-_WORD = re.compile(r"\S+")
+_HTML = (".html", ".htm")
+_CODE = (
+    *(".c", ".cc", ".cpp", ".cs", ".cu", ".h", ".hpp", ".go", ".java", ".jl", ".kt", ".lua", ".php", ".pl", ".r", ".rb", ".rs", ".scala"),
+    *(".bash", ".css", ".js", ".jsx", ".proto", ".ps1", ".sh", ".sql", ".swift", ".ts", ".tsx"),
+)
+"""Source code that is cut between its blocks."""
+KINDS = (*_PROSE, *_HTML, ".py", *_CODE)
+"""Files that a folder is searched for."""
+
+STDIN = "stdin"
+"""Path of the passages that were read from there."""
 
 
 @dataclass(frozen=True)
@@ -31,38 +44,73 @@ class Passage:
     """Where it is: `notes.md:12`, an id, or a name such as `shutil.copytree`."""
     summary: str
     """One line to show for it."""
+    path: str = ""
+    """File it was read from, as it was named, or `stdin`; empty if it is from none."""
+    kind: str = ""
+    """What the file is: the format that was named, or its ending without the dot, such as `md`; `stdin` if that is all that is known."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Plain values by column, for filters."""
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of the text."""
+        return sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()  # what is no text is refused when it is embedded
 
 
 def read_passages(
-    paths: Iterable[str | Path], *, file_format: str | None = None, text_column: str | None = None, id_column: str | None = None
+    paths: Iterable[str | Path],
+    *,
+    file_format: str | None = None,
+    text_column: str | None = None,
+    id_column: str | None = None,
+    metadata: Sequence[str] = (),
 ) -> Iterator[Passage]:
     """Read the passages of files and folders.
 
-    A file of rows (txt, jsonl, csv, parquet, `-` for stdin) gives one passage for each row. A folder is searched for `.txt`,
-    `.md` and `.rst`, which are cut at paragraphs, and for `.py`, which give one passage for each documented public
-    function, class or method.
+    A file of rows (txt, jsonl, csv, parquet, `-` for stdin) gives one passage for each row. A folder is searched for prose
+    (`.txt`, `.md`, `.rst`) and web pages, which are cut at paragraphs, for source code, which is cut between blocks, and for `.py`,
+    which give one passage for each documented public function, class or method.
 
     Args:
         paths: Files and folders.
         file_format: Format of the files of rows, where their names do not tell.
         text_column: Column of the text in files of rows.
         id_column: Column of the reference in files of rows.
+        metadata: Columns of files of rows that are kept for filters.
 
     Raises:
-        ConfigurationError: If a path does not exist, or a folder has no file of these kinds.
+        ConfigurationError: If a path does not exist, a folder has no file of these kinds, or columns are named and no file has any.
         InputError: If a file's content is not what its name says. In a folder such a file is left out, with a warning.
     """
-    for path in map(Path, paths):
+    check_names(metadata)
+    places = [Path(path) for path in paths]
+    of_rows = [path for path in places if not path.is_dir() and (file_format is not None or path.suffix.lower() not in _OF_TEXT)]
+    if metadata and not of_rows:
+        raise ConfigurationError(f"--metadata {' '.join(metadata)}: only files of rows (jsonl, csv, parquet) have columns; none is named.")
+    for path in places:
         if path.is_dir():
             yield from _folder_passages(path)
-        elif path.suffix.lower() in (".py", ".md", ".rst") and file_format is None:
-            yield from _file_passages(path)
+        elif path in of_rows:
+            yield from _row_passages(path, metadata, file_format=file_format, text_column=text_column, id_column=id_column)
         else:
-            for record in read_texts(path, file_format=file_format, text_column=text_column, id_column=id_column):
-                if not record.text.strip():
-                    continue  # an empty line between texts is no passage
-                name = "stdin" if str(path) == STANDARD_STREAM else str(path)
-                yield Passage(record.text, record.id if id_column else f"{name}:{record.line}", beginning_of(record.text))
+            yield from _file_passages(path)
+
+
+_OF_TEXT = frozenset({".py", ".md", ".rst", *_HTML, *_CODE})
+"""Files that are texts as a whole when they are named, too; a named `.txt` is a file of rows."""
+
+
+def _row_passages(
+    path: Path, metadata: Sequence[str], *, file_format: str | None, text_column: str | None, id_column: str | None
+) -> Iterator[Passage]:
+    standard = str(path) == STANDARD_STREAM
+    name = STDIN if standard else _shown(path)
+    kind = file_format or path.suffix.lower().removeprefix(".") or STDIN
+    rows = rows_with_metadata(path, metadata, file_format=file_format, text_column=text_column, id_column=id_column)
+    for record, values in rows:
+        if record.text.strip():  # an empty line between texts is no passage
+            reference = record.id if id_column else f"{name}:{record.line}"
+            yield Passage(record.text, reference, beginning_of(record.text), name, kind, values)
 
 
 def docstring_passage(docstring: Docstring, reference: str) -> Passage:
@@ -78,50 +126,6 @@ def beginning_of(text: str, characters: int = 160) -> str:
     return line if len(line) <= characters else line[: characters - 1].rstrip() + "…"
 
 
-def split_prose(lines: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Cut a text at empty lines into passages of at most 200 words; a longer paragraph is cut between words.
-
-    Args:
-        lines: The text's lines.
-
-    Yields:
-        The line a passage begins at, from 1, and the passage.
-    """
-    first, words, parts = 1, 0, list[str]()
-    for line, paragraph in _paragraphs(lines):
-        length = len(_WORD.findall(paragraph))
-        if parts and words + length > _PASSAGE_WORDS:
-            yield first, "\n\n".join(parts)
-            words, parts = 0, []
-        if not parts:
-            first = line
-        words, parts = words + length, [*parts, paragraph]
-    if parts:
-        yield first, "\n\n".join(parts)
-
-
-def _paragraphs(lines: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Yield paragraphs of at most as many words as a passage has, with the line each begins at."""
-    first, words, parts = 1, 0, list[str]()
-    for number, line in enumerate([*lines, ""], start=1):
-        pieces = _pieces(line.strip())
-        for piece in pieces or [""]:
-            length = len(_WORD.findall(piece))
-            if parts and (not piece or words + length > _PASSAGE_WORDS):
-                yield first, "\n".join(parts)
-                words, parts = 0, []
-            if piece:
-                first = first if parts else number
-                words, parts = words + length, [*parts, piece]
-
-
-def _pieces(line: str) -> list[str]:
-    """Cut one long line between words."""
-    ends = [word.end() for word in _WORD.finditer(line)][_PASSAGE_WORDS - 1 :: _PASSAGE_WORDS]
-    pieces = [line[start:end].strip() for start, end in zip([0, *ends], [*ends, len(line)], strict=True)]
-    return [piece for piece in pieces if piece]
-
-
 def _folder_passages(folder: Path) -> Iterator[Passage]:
     skipped: list[str] = []
     found = 0
@@ -133,7 +137,7 @@ def _folder_passages(folder: Path) -> Iterator[Passage]:
             skipped.append(str(error))
     if not found:
         raise ConfigurationError(
-            f"{folder}: no {', '.join((*_PROSE, '.py'))} file in this folder or below it; name the files to be indexed."
+            f"{folder}: no text, web page or source code in this folder or below it ({', '.join(KINDS)}); name the files to be indexed."
         )
     if skipped:
         warnings.warn(
@@ -145,7 +149,7 @@ def _files(folder: Path) -> Iterator[Path]:
     for where, subfolders, names in os.walk(folder):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__pycache__")))
         for name in sorted(names):
-            if Path(name).suffix.lower() in (*_PROSE, ".py") and not name.startswith("."):
+            if Path(name).suffix.lower() in KINDS and not name.startswith("."):
                 yield Path(where, name)
 
 
@@ -156,19 +160,31 @@ def _file_passages(path: Path) -> Iterator[Passage]:
         raise ConfigurationError(f"{path}: no such file.") from None
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    if path.suffix.lower() == ".py":
-        yield from _python_passages(path, content)
+    suffix, shown = path.suffix.lower(), _shown(path)
+    kind = "html" if suffix in _HTML else suffix.removeprefix(".")
+    if suffix == ".py":
+        yield from (replace(passage, path=shown, kind=kind) for passage in _python_passages(path, content))
         return
-    for line, text in split_prose(list(decoded_lines(content.splitlines(keepends=True), str(path)))):
-        yield Passage(text, f"{path}:{line}", beginning_of(text))
+    if suffix in _HTML:
+        pieces = group_paragraphs(html_paragraphs(content, str(path)))
+    else:
+        lines = list(decoded_lines(content.splitlines(keepends=True), str(path)))
+        pieces = split_code(lines) if suffix in _CODE else split_prose(lines)
+    for line, text in pieces:
+        yield Passage(text, f"{shown}:{line}", beginning_of(text), shown, kind)
 
 
 def _python_passages(path: Path, content: bytes) -> Iterator[Passage]:
     module = path.parent.resolve().name if path.stem == "__init__" else path.stem
     try:
         for docstring in docstrings(content, module):
-            passage = docstring_passage(docstring, f"{path}:{docstring.line}")
+            passage = docstring_passage(docstring, f"{_shown(path)}:{docstring.line}")
             yield replace(passage, summary=f"{docstring.name}: {passage.summary}")
     except SyntaxError as error:
         where = f"{path}, line {error.lineno}" if error.lineno else str(path)
         raise InputError(f"{where}: not readable as Python: {error.msg}.") from error
+
+
+def _shown(path: Path) -> str:
+    """Return the name of a file as text; some file systems have names that are none."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
