@@ -209,7 +209,7 @@ def _documented(model: type[Any]) -> dict[str, Any]:
 
 
 def _state_routes(app: FastAPI, service: Service) -> None:
-    embedder, limits, started = service.embedder, service.limits, int(time.time())
+    started = int(time.time())
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -220,21 +220,7 @@ def _state_routes(app: FastAPI, service: Service) -> None:
     @app.get("/info")
     async def info() -> Response:
         """Say what is served and how much of it."""
-        return json_response(
-            {
-                "model_id": service.name,
-                "model_dtype": str(embedder.backbone.dtype).removeprefix("torch."),
-                "model_type": {"embedding": {"pooling": embedder.settings.pooling.kind}},
-                "dimensions": embedder.get_embedding_dimension(),
-                "halt": repr(embedder.settings.halt),
-                "max_input_length": embedder.settings.max_length,
-                "max_batch_tokens": limits.batch_tokens,
-                "max_client_batch_size": limits.client_batch,
-                "max_concurrent_requests": limits.concurrent_requests,
-                "max_steps": service.live.max_steps,
-                "version": genembed.__version__,
-            }
-        )
+        return json_response(service.info())
 
     @app.get("/health")
     async def health() -> Response:

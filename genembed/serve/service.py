@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+import genembed
 from genembed.embedder import Embedder
 from genembed.errors import ConfigurationError, InputError
 from genembed.halting import ConvergeStop, FixedSteps, rule_from_json
@@ -128,6 +129,23 @@ class Service:
         except Failure as failure:
             return isinstance(failure.__cause__, OverloadedError)  # busy is not broken
         return True
+
+    def info(self) -> dict[str, Any]:
+        """Say what is served and how much of it, with the names of text-embeddings-inference where it has one."""
+        settings, limits = self.embedder.settings, self.limits
+        return {
+            "model_id": self.name,
+            "model_dtype": str(self.embedder.backbone.dtype).removeprefix("torch."),
+            "model_type": {"embedding": {"pooling": settings.pooling.kind}},
+            "dimensions": self.embedder.get_embedding_dimension(),
+            "halt": repr(settings.halt),
+            "max_input_length": settings.max_length,
+            "max_batch_tokens": limits.batch_tokens,
+            "max_client_batch_size": limits.client_batch,
+            "max_concurrent_requests": limits.concurrent_requests,
+            "max_steps": self.live.max_steps,
+            "version": genembed.__version__,
+        }
 
     def close(self, *, grace: float) -> bool:
         """Finish what was accepted; tell whether all of it was."""
