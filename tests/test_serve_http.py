@@ -15,7 +15,6 @@ import numpy as np
 import openai
 import pytest
 import torch
-from langchain_openai import OpenAIEmbeddings
 
 from genembed import Budget, ConvergeStop, Embedder, FixedSteps, load
 from genembed.cli.serving import _key
@@ -26,7 +25,7 @@ from serving import NAME, served
 
 TEXTS = ["a claim", "What is a business trip?", "A language model refines the vector of a text step by step."]
 LIMITS = Limits(
-    batch_tokens=8 * (512 + 20), client_batch=4, request_bytes=20_000, queue_tokens=4_000, concurrent_requests=8, body_seconds=1.0
+    batch_tokens=8 * (512 + 20), client_batch=4, request_bytes=20_000, queue_tokens=4_000, concurrent_requests=8, body_seconds=0.5
 )
 
 
@@ -142,7 +141,10 @@ def test_the_openai_client_works_and_its_extras_pass_through(url: str, embedder:
     assert [model.id for model in client.models.list()] == [NAME]
 
 
-def test_langchains_token_arrays_are_refused_with_the_setting_that_cures_them(url: str, embedder: Embedder, patch: Patch) -> None:
+@pytest.mark.slow
+def test_langchains_token_arrays_are_refused_with_the_setting_that_cures_them(url: str, embedder: Embedder) -> None:
+    from langchain_openai import OpenAIEmbeddings  # takes seconds
+
     arrays = embed(url, input=[[1, 2], [3]])
     assert arrays.status_code == 400
     assert "check_embedding_ctx_length=False" in arrays.json()["error"]["message"]
@@ -227,7 +229,7 @@ def test_a_body_without_an_end_is_cut_off(url: str) -> None:
 def test_a_client_that_never_finishes_its_request_is_told_so(url: str) -> None:
     def slow() -> Iterator[bytes]:
         yield b'{"model": '
-        time.sleep(3)
+        time.sleep(1.5)
         yield b'"tiny"}'
 
     response = httpx.post(f"{url}/v1/embeddings", content=slow(), headers={"content-type": "application/json"}, timeout=10)

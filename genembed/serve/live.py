@@ -149,7 +149,7 @@ class LiveEngine:
     def _retry_after(self) -> int:
         """Return the whole seconds after which half of the queue should be done, at the present rate."""
         now = time.monotonic()
-        recent = [(when, tokens) for when, tokens in self._finished if when > now - _RATE_SECONDS]
+        recent = [(when, tokens) for when, tokens in list(self._finished) if when > now - _RATE_SECONDS]  # a copy: the engine goes on
         if not recent:
             return 1
         rate = sum(tokens for _, tokens in recent) / max(now - recent[0][0], 0.1)
