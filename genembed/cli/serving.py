@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,7 +51,8 @@ def serve(
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the model; its name or folder if not given.")] = None,
     grace: Annotated[float, typer.Option(min=0, help="Seconds in which accepted texts may be finished on SIGTERM.")] = 30.0,
     also: Annotated[
-        list[str] | None, typer.Option(metavar="MODEL", help="A further model that the page at / compares with the first; can be repeated.")
+        list[str] | None,
+        typer.Option(metavar="MODEL", help="A further model that the page at / compares with the first, without its --adapter."),
     ] = None,
     index: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Index, made by one of the models, whose nearest passages the page shows.")
@@ -78,7 +79,7 @@ def serve(
         limits=limiting.limits(),
         grace=grace,
         announce=lambda url: typer.echo(f"{name}: {url} (POST /v1/embeddings)", err=True),
-        also={other: loading.load(other) for other in further},
+        also={other: replace(loading, adapter=None).load(other) for other in further},
         index=opened,
     )
 
