@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from genembed.embedder import Embedder
 from genembed.errors import ConfigurationError
@@ -42,19 +44,25 @@ def spoken_tokens(model: Embedder, text: str, *, instruction: str | None = None,
     """
     if steps < 1 or top < 1:
         raise ConfigurationError(f"steps={steps}, top={top}: both must be at least 1.")
-    backbone, tokenizer = model.backbone, model.tokenizer
+    backbone = model.backbone
     backbone.check_halt(FixedSteps(steps))
-    batch = TokenBatch.pad(tokenizer([text], instruction).ids, side=backbone.settings.padding_side, device=backbone.device)
+    batch = TokenBatch.pad(model.tokenizer([text], instruction).ids, side=backbone.settings.padding_side, device=backbone.device)
     rows = CachedRows(backbone, batch)
     progress = backbone.settings.pooling.start(batch.index, rows.last_hidden, rows.mean_hidden, window=0)
     said = []
     for _ in range(steps):
-        shares = torch.softmax(backbone.head(rows.last_hidden)[0].float() / backbone.settings.temperature, dim=-1)
-        best = shares.topk(min(top, len(shares)))
-        names = tokenizer.tokenizer.convert_ids_to_tokens(_ids(model, best.indices))
-        said.append([Spoken(name, share) for name, share in zip(map(_readable, names), best.values.tolist(), strict=True)])
+        said.append(likeliest(model, rows.last_hidden, top=top))
         progress, _cosine = step(backbone, rows, progress)
     return said
+
+
+def likeliest(model: Embedder, last_hidden: Float[Tensor, "one hidden"], *, top: int) -> list[Spoken]:
+    """Return the `top` likeliest tokens of the soft token that follows one text's last hidden state, likeliest first."""
+    backbone = model.backbone
+    shares = torch.softmax(backbone.head(last_hidden)[0].float() / backbone.settings.temperature, dim=-1)
+    best = shares.topk(min(top, len(shares)))
+    names = model.tokenizer.tokenizer.convert_ids_to_tokens(_ids(model, best.indices))
+    return [Spoken(name, share) for name, share in zip(map(_readable, names), best.values.tolist(), strict=True)]
 
 
 def new_tokens(said: Sequence[Sequence[Spoken]]) -> list[tuple[int, int, list[str]]]:
@@ -70,7 +78,7 @@ def new_tokens(said: Sequence[Sequence[Spoken]]) -> list[tuple[int, int, list[st
     return phases
 
 
-def _ids(model: Embedder, places: torch.Tensor) -> list[int]:
+def _ids(model: Embedder, places: Tensor) -> list[int]:
     """Turn places among the tokens that a head can speak into token ids."""
     head = model.backbone.trained_head
     ids: list[int] = (places if head is None or head.tokens is None else head.tokens[places]).tolist()

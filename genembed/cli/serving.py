@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +12,7 @@ from genembed.cli.options import LoadOptions, command
 from genembed.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from genembed.index import Index
     from genembed.serve.limits import Limits
 
 
@@ -49,23 +50,50 @@ def serve(
     api_key_file: Annotated[Path | None, typer.Option(help="File with a key that clients must send as Authorization: Bearer KEY.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the model; its name or folder if not given.")] = None,
     grace: Annotated[float, typer.Option(min=0, help="Seconds in which accepted texts may be finished on SIGTERM.")] = 30.0,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODEL", help="A further model that the page at / compares with the first, without its --adapter."),
+    ] = None,
+    index: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Index, made by one of the models, whose nearest passages the page shows.")
+    ] = None,
     limiting: LimitOptions,
     loading: LoadOptions,
 ) -> None:
-    """Serve embeddings over HTTP, as OpenAI, Cohere and text-embeddings-inference do: many clients, one batch."""
+    """Serve embeddings over HTTP, as OpenAI, Cohere and text-embeddings-inference do: many clients, one batch.
+
+    The page at / shows what a model says to itself at each step, and what it finds.
+    """
     from genembed.serve.run import run
 
-    key = None if api_key_file is None else _key(api_key_file)
+    key, name = None if api_key_file is None else _key(api_key_file), served_model_name or model
+    further = also or []
+    _check_names([name, *further])
+    opened = None if index is None else _open(index)
     run(
         loading.load(model),
-        name=served_model_name or model,
+        name=name,
         host=host,
         port=port,
         api_key=key,
         limits=limiting.limits(),
         grace=grace,
-        announce=lambda url: typer.echo(f"{served_model_name or model}: {url} (POST /v1/embeddings)", err=True),
+        announce=lambda url: typer.echo(f"{name}: {url} (POST /v1/embeddings)", err=True),
+        also={other: replace(loading, adapter=None).load(other) for other in further},
+        index=opened,
     )
+
+
+def _check_names(names: list[str]) -> None:
+    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    if twice is not None:
+        raise ConfigurationError(f"--also {twice}: that model is served already; name each once, or give the first another name.")
+
+
+def _open(folder: Path) -> Index:
+    from genembed.index import Index
+
+    return Index.open(folder)
 
 
 def _key(path: Path) -> str:

@@ -6,9 +6,10 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from fastapi import FastAPI, Request, Response
@@ -17,10 +18,15 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import genembed
+from genembed.embedder import Embedder
 from genembed.serve import protocols
+from genembed.serve.explore import PAGE_FILES, PAGE_HEADERS, Explorer, ExploreRequest
 from genembed.serve.failures import Failure, failure_of
 from genembed.serve.metrics import CONTENT_TYPE, Metrics
 from genembed.serve.service import Service
+
+if TYPE_CHECKING:
+    from genembed.index import Index
 
 log = logging.getLogger("genembed.serve")
 
@@ -29,18 +35,32 @@ CLIENT_GONE = 499
 _TEI = ("/embed", "/info")
 
 
-def create_app(service: Service, *, api_key: str | None = None, grace: float = 30.0) -> FastAPI:
+def create_app(
+    service: Service,
+    *,
+    api_key: str | None = None,
+    grace: float = 30.0,
+    also: Mapping[str, Embedder] | None = None,
+    index: Index | None = None,
+) -> FastAPI:
     """Return the server's application.
 
     Args:
         service: The model.
-        api_key: What clients must send as `Authorization: Bearer`, on every route; None asks for nothing.
+        api_key: What clients must send as `Authorization: Bearer`, on every route but the page's files; None asks for nothing.
         grace: Seconds in which accepted texts may be finished when the server stops.
+        also: Further models, by name, that the page can compare with the service's own.
+        index: Documents that the page looks at, made by one of the models.
+
+    Raises:
+        ConfigurationError: If none of the models made the index.
     """
+    explorer = Explorer({service.name: service.embedder, **(also or {})}, index, max_steps=service.live.max_steps)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
+        explorer.close()
         await asyncio.to_thread(service.close, grace=grace)
 
     # No pages of documentation: they load scripts from elsewhere.
@@ -48,6 +68,7 @@ def create_app(service: Service, *, api_key: str | None = None, grace: float = 3
     app.state.service, app.state.metrics = service, Metrics(service.live)
     _embedding_routes(app, service)
     _state_routes(app, service)
+    _page_routes(app, service, explorer)
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_middleware(Guard, routes=app.router.routes, metrics=app.state.metrics, service=service, api_key=api_key)
     return app
@@ -97,7 +118,7 @@ class Guard:
             self.metrics.seconds.labels(route).observe(time.perf_counter() - begin)
 
     def _check(self, scope: Scope) -> None:
-        if self.expected is not None:
+        if self.expected is not None and not _is_page(scope):
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self.expected):
                 raise Failure(401, "the key is missing or wrong: send it as Authorization: Bearer KEY.", code="invalid_api_key")
@@ -109,6 +130,14 @@ class Guard:
         """Return the path of a known route; whatever else is asked for is one label, so that nobody can make thousands."""
         known = (route.path for route in self.routes if route.matches(scope)[0] is not Match.NONE)
         return next(known, "other")
+
+
+def _is_page(scope: Scope) -> bool:
+    """Tell whether a request is for the page itself, the one thing that needs no key: a browser cannot send one before it has the page.
+
+    The files are the same on every server; what the page then asks for needs the key as ever.
+    """
+    return scope["method"] == "GET" and scope["path"] in PAGE_FILES
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:
@@ -238,3 +267,29 @@ def _state_routes(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         """Return the counters in Prometheus' format."""
         return Response(app.state.metrics.text(), media_type=CONTENT_TYPE)
+
+
+def _page_routes(app: FastAPI, service: Service, explorer: Explorer) -> None:
+    """Add the page, and what it asks for."""
+    for path, (file, kind) in PAGE_FILES.items():
+        app.add_api_route(path, _sends(file, kind), methods=["GET"], response_model=None, include_in_schema=False)
+
+    @app.get("/explore")
+    async def choices() -> Response:
+        """Say which models can be explored, and whether there is an index."""
+        return json_response(explorer.choices())
+
+    @app.post("/explore", response_model=None, openapi_extra=_documented(ExploreRequest))
+    async def explore(request: Request) -> Response:
+        """Refine one text, and say what can be seen of it after each step."""
+        wanted = ExploreRequest.model_validate(await body_of(request, service))
+        return json_response(await unless_gone(request, explorer.answer(wanted)))
+
+
+def _sends(file: Path, kind: str) -> Callable[[], Awaitable[Response]]:
+    content = file.read_bytes()
+
+    async def send() -> Response:
+        return Response(content, media_type=kind, headers=PAGE_HEADERS)
+
+    return send

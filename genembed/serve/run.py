@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -12,6 +13,9 @@ from genembed.errors import ConfigurationError
 from genembed.serve.app import create_app
 from genembed.serve.limits import Limits
 from genembed.serve.service import Service
+
+if TYPE_CHECKING:
+    from genembed.index import Index
 
 KEEP_ALIVE_SECONDS = 5
 
@@ -26,6 +30,8 @@ def run(
     limits: Limits,
     grace: float,
     announce: Callable[[str], None],
+    also: Mapping[str, Embedder] | None = None,
+    index: Index | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT; then take nothing new, and finish what was accepted.
 
@@ -38,14 +44,16 @@ def run(
         limits: What is accepted.
         grace: Seconds for finishing.
         announce: Called with the server's address once it listens.
+        also: Further models, by name, for the page.
+        index: Documents for the page, made by one of the models.
 
     Raises:
-        ConfigurationError: If it cannot listen there.
+        ConfigurationError: If it cannot listen there, or none of the models made the index.
     """
     listening = _socket(host, port)
     service = Service(embedder, name=name, limits=limits)
     config = uvicorn.Config(
-        create_app(service, api_key=api_key, grace=grace),
+        create_app(service, api_key=api_key, grace=grace, also=also, index=index),
         log_level="warning",
         access_log=False,  # addresses of clients are nobody's business by default
         server_header=False,
