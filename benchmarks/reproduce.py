@@ -174,7 +174,7 @@ def run_one(key: str, data: Path) -> None:
 def start(experiment: Experiment, data: Path) -> str | None:
     """Run one experiment in a process of its own; return why it failed, if it did."""
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(experiment.processes)]
-    command = [sys.executable, *(several if experiment.processes > 1 else []), __file__, "--run", experiment.key, "--data", str(data)]
+    command = [sys.executable, *(several if experiment.processes > 1 else []), __file__, "--experiment", experiment.key, "--data", str(data)]
     path = ROOT / RUNS / f"{experiment.key}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
@@ -198,11 +198,11 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="only print what is missing, with estimated minutes")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--papers", type=Path, default=DATA.parent / "papers")
-    parser.add_argument("--run", metavar="KEY", help="run this experiment here, whether or not its result is there")
+    parser.add_argument("--experiment", metavar="KEY", help="run this experiment here, whether or not its result is there")
     arguments = parser.parse_args()
     os.environ.setdefault("GENEMBED_DATA", str(arguments.data))
-    if arguments.run:
-        run_one(arguments.run, arguments.data)
+    if arguments.experiment:
+        run_one(arguments.experiment, arguments.data)
         return
     chosen = [one for one in matrix() if one.backbone in arguments.backbone and not set(arguments.part).isdisjoint(one.parts)]
     missing = [one for one in chosen if not (FOLDER / f"{one.key}.json").is_file()]

@@ -223,7 +223,7 @@ def test_a_failed_experiment_does_not_stop_the_others(
     reproduce, ran = importlib.import_module("reproduce"), []
 
     def fake(command: list[str], *, stdout: Any, **_: Any) -> SimpleNamespace:
-        ran.append(command[command.index("--run") + 1])
+        ran.append(command[command.index("--experiment") + 1])
         stdout.write("working\nno room\n")
         return SimpleNamespace(returncode=int(len(ran) == 1))
 
