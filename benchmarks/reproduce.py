@@ -174,7 +174,15 @@ def run_one(key: str, data: Path) -> None:
 def start(experiment: Experiment, data: Path) -> str | None:
     """Run one experiment in a process of its own; return why it failed, if it did."""
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(experiment.processes)]
-    command = [sys.executable, *(several if experiment.processes > 1 else []), __file__, "--experiment", experiment.key, "--data", str(data)]
+    command = [
+        sys.executable,
+        *(several if experiment.processes > 1 else []),
+        __file__,
+        "--experiment",
+        experiment.key,
+        "--data",
+        str(data),
+    ]
     path = ROOT / RUNS / f"{experiment.key}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()

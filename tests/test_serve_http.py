@@ -173,7 +173,7 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"input": "a", "dimensions": 16}, 400, "gives 32 dimensions, and was not trained to give fewer"),
     ({"input": "a", "encoding_format": "hex"}, 400, "encoding_format"),
     ({"input": "a", "input_type": "poem"}, 400, "'poem' is no purpose"),
-    ({"input": "a", "input_type": "query", "instruction": "x"}, 400, "both say what texts are for"),
+    ({"input": "a", "input_type": "query", "instruction": "x"}, 400, "both say what the texts are for"),
     ({"input": "a", "input_type": "query", "task": "query"}, 400, "all say what the texts are for"),
     ({"input": "a", "truncate": "left"}, 400, "truncate"),
     ({"input": "a", "model": "other"}, 404, "'other' is not served here"),

@@ -245,6 +245,6 @@ def _json(done: Exploration) -> dict[str, Any]:
     value = asdict(done)
     for one in value["steps"]:
         one["spoken"] = [word._asdict() for word in one["spoken"]]
-        for hit in one["hits"] or ():
-            del hit["text"]
+        if one["hits"] is not None:
+            one["hits"] = [{name: hit[name] for name in ("score", "reference", "summary")} for hit in one["hits"]]
     return value
