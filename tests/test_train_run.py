@@ -125,7 +125,7 @@ def test_a_run_learns_and_leaves_a_folder_that_load_reads(recipe: Recipe, tmp_pa
     }
 
 
-@pytest.mark.parametrize("log_every", [1, 2])
+@pytest.mark.parametrize("log_every", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_goes_on_with_the_same_losses(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
 ) -> None:

@@ -33,6 +33,7 @@ needs_triton = pytest.mark.skipif(TRITON == (0, 0), reason="Triton is not instal
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.skipif(TRITON < (3, 7), reason="before Triton 3.7 a loop in the interpreter fails with NumPy 2.4")
 def test_the_kernels_are_right_in_tritons_interpreter() -> None:
     """In a process of its own: the interpreter is chosen when Triton is first imported, and other tests' libraries import it too."""
