@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from genembed.attention import attend, wide_softmax
-from genembed.rows import Rows
+from genembed.rows import GrowingRows
 from genembed.tokens import TokenIds
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class _Group:
     length: int
 
 
-class PackedRows(Rows):
+class PackedRows(GrowingRows):
     """Rows of one decode batch over a pool of `max_rows` slots.
 
     Slot i belongs to row i; each holds the keys and values of its own tokens, after the shared prefix if there is one.

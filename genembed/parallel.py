@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from genembed.packed import PackedRows, SharedPrefix
-from genembed.rows import Rows
 from genembed.tokens import TokenIds
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def states_at_once(backbone: Backbone, rows: PackedRows, *, steps: int, passes: 
     return states
 
 
-class ParallelRows(Rows):
+class ParallelRows:
     """Rows whose generated states are all known as soon as the prompts have been read; a step only looks at the next one.
 
     Rows may halt, leave and be replaced as in `PackedRows`: a halting rule reads the same trajectory, and its vector is z_{k*}.
@@ -81,10 +80,6 @@ class ParallelRows(Rows):
         """Move every row to its next generated state, which is known."""
         self.last_hidden = self._states[torch.arange(len(self._next), device=self._next.device), self._next]
         self._next = self._next + 1
-
-    def append(self, embeddings: Float[Tensor, "rows hidden"]) -> None:
-        """Refuse: what these rows read is decided when they are admitted."""
-        raise NotImplementedError("rows that were read at once take no further position")
 
     def select(self, keep: Int[Tensor, "kept"]) -> None:
         """Keep only the rows `keep`, in that order."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
@@ -18,7 +18,17 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Rows(Protocol):
-    """Sequences that are refined together, as one refinement step sees them."""
+    """What one refinement step needs of the sequences it works on."""
+
+    last_hidden: Float[Tensor, "rows hidden"]
+    """Hidden state of the newest position of each row."""
+
+    def generate(self) -> None:
+        """Go on by one soft token in every row."""
+
+
+class GrowingRows(ABC):
+    """Sequences that are refined together, to which soft tokens are added one by one."""
 
     backbone: Backbone
     last_hidden: Float[Tensor, "rows hidden"]
@@ -33,7 +43,7 @@ class Rows(Protocol):
         """Add one position to every row and read it."""
 
 
-class CachedRows(Rows):
+class CachedRows(GrowingRows):
     """Padded rows over a `DynamicCache`: the slow obvious version, differentiable.
 
     Positions are explicit and count no padding, so a row's numbers do not depend on its neighbours.
@@ -70,7 +80,7 @@ class CachedRows(Rows):
         self.mask, self.next_position, self.last_hidden = self.mask[keep], self.next_position[keep], self.last_hidden[keep]
 
 
-class RecomputedRows(Rows):
+class RecomputedRows(GrowingRows):
     """Padded rows without a cache: every step reads the whole sequence again, as the released training code does."""
 
     def __init__(self, backbone: Backbone, batch: TokenBatch) -> None:

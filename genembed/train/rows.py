@@ -17,7 +17,7 @@ from torch import Tensor
 
 from genembed.attention import attend, wide_softmax
 from genembed.backbone import Backbone
-from genembed.rows import Rows
+from genembed.rows import GrowingRows
 from genembed.tokens import TokenIds
 
 _LONGEST_UNFUSED = 512
@@ -108,7 +108,7 @@ class _StepPass:
         return visible & (place > length + self.step - window)
 
 
-class TrainingRows(Rows):
+class TrainingRows(GrowingRows):
     """Rows of one training batch.
 
     Args:
