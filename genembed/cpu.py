@@ -55,7 +55,9 @@ def pack_linear_layers(model: nn.Module) -> int:
         The number of layers packed; 0 where they are packed already.
     """
     layers = [layer for layer in model.modules() if type(layer) is nn.Linear and packable(layer.weight)]
-    layers = [layer for layer in layers if "forward" not in vars(layer) and operators_agree(layer.weight.dtype)]
+    layers = [layer for layer in layers if "forward" not in vars(layer)]
+    agreeing = {dtype for dtype in {layer.weight.dtype for layer in layers} if operators_agree(dtype)}
+    layers = [layer for layer in layers if layer.weight.dtype in agreeing]
     for layer in layers:
         layer.forward = _forward(layer, packed_product(layer.weight, layer.bias))  # type: ignore[method-assign, assignment]
     return len(layers)

@@ -49,8 +49,9 @@ class Refined:
         Raises:
             NonFiniteError: The message has its row.
         """
-        if not self.sound.all():
-            bad = int((~self.sound).argmax())
+        sound = self.sound
+        if not sound.all():
+            bad = int((~sound).argmax())
             raise NonFiniteError(
                 f"row {self.index[bad]}: the embedding is not finite or is zero after {self.steps[bad]} steps; check the model's weights, "
                 "or load it with dtype='float32'.",

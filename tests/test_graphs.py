@@ -65,17 +65,19 @@ def recording(record: Recorder) -> Engine:
     return engine
 
 
-PLAIN = vectors(Engine(doubles.backbone("qwen2"), BUDGET))
+@pytest.fixture(scope="module")
+def plain() -> np.ndarray:
+    return vectors(Engine(doubles.backbone("qwen2"), BUDGET))
 
 
-def test_steps_are_recorded_once_for_a_bucket_and_replayed_in_later_runs() -> None:
+def test_steps_are_recorded_once_for_a_bucket_and_replayed_in_later_runs(plain: np.ndarray) -> None:
     engine = recording(Counted)
-    np.testing.assert_allclose(vectors(engine), PLAIN, atol=2e-7)
+    np.testing.assert_allclose(vectors(engine), plain, atol=2e-7)
     recorded, replayed = Counted.recorded, Counted.replayed
     assert 1 <= recorded <= 3, "buckets of 1, 2 and 4 rows"
     assert replayed > recorded
     for _ in range(3):
-        np.testing.assert_allclose(vectors(engine), PLAIN, atol=2e-7)
+        np.testing.assert_allclose(vectors(engine), plain, atol=2e-7)
     assert Counted.recorded <= 3
     assert Counted.replayed >= 2 * replayed
 
@@ -100,17 +102,17 @@ def refuses(step: FixedStep) -> doubles.Replayed:
 @pytest.mark.parametrize(
     ("record", "reason"), [(refuses, "RuntimeError: operation not permitted"), (Wrong, "a replay differs from the step by 2")]
 )
-def test_a_step_that_cannot_be_recorded_or_is_replayed_wrongly_is_launched_as_before(record: Recorder, reason: str) -> None:
+def test_a_step_that_cannot_be_recorded_or_replayed_is_launched_as_before(record: Recorder, reason: str, plain: np.ndarray) -> None:
     engine = recording(record)
     with pytest.warns(GenembedWarning, match=f"steps are not recorded as CUDA graphs but launched one by one .{reason}"):
-        np.testing.assert_allclose(vectors(engine), PLAIN, atol=2e-7)
+        np.testing.assert_allclose(vectors(engine), plain, atol=2e-7)
 
 
 def test_nothing_is_recorded_on_a_cpu() -> None:
     assert Engine(doubles.backbone("qwen2"), Budget(record_steps=True)).kept is None
 
 
-def test_a_finished_row_that_has_not_been_seen_yet_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_row_that_has_not_been_seen_yet_stays_as_it_was(monkeypatch: pytest.MonkeyPatch, plain: np.ndarray) -> None:
     """And the rows are looked at less often."""
     looks = 0
     select = torch.Tensor.nonzero
@@ -122,9 +124,9 @@ def test_a_finished_row_that_has_not_been_seen_yet_stays_as_it_was(monkeypatch: 
 
     monkeypatch.setattr(torch.Tensor, "nonzero", counted)
     one_batch = Budget(length_ratio=50.0, check_every=1)
-    np.testing.assert_allclose(vectors(Engine(doubles.backbone("qwen2"), one_batch)), PLAIN, atol=2e-7)
+    np.testing.assert_allclose(vectors(Engine(doubles.backbone("qwen2"), one_batch)), plain, atol=2e-7)
     often, looks = looks, 0
-    np.testing.assert_allclose(vectors(Engine(doubles.backbone("qwen2"), Budget(length_ratio=50.0, check_every=5))), PLAIN, atol=2e-7)
+    np.testing.assert_allclose(vectors(Engine(doubles.backbone("qwen2"), Budget(length_ratio=50.0, check_every=5))), plain, atol=2e-7)
     assert looks < often
 
 

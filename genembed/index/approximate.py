@@ -5,15 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from lancedb.index import HnswSq
 
-from genembed.errors import ConfigurationError, missing_extra
+from genembed.errors import ConfigurationError
 from genembed.index.description import Approximation
 from genembed.index.table import nearest
-
-try:
-    from lancedb.index import HnswSq
-except ModuleNotFoundError as missing:
-    raise missing_extra("index", missing.name or "lancedb") from missing
 
 _KIND = "IVF_HNSW_SQ"
 _NEIGHBOURS = 10

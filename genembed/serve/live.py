@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from genembed.budget import Budget
 from genembed.decode import DecodeBatch, Job, Refined
 from genembed.embedder import Embedder
 from genembed.errors import GenembedError, NonFiniteError
@@ -156,9 +155,8 @@ class LiveEngine:
         return max(1, min(60, math.ceil(self.queued_tokens / 2 / rate)))
 
     def _new_batch(self) -> DecodeBatch:
-        budget: Budget = self._budget
         job = Job(self._prompts, self._terms, eager=True)
-        return DecodeBatch(self.backbone, budget, job, max_rows=self.max_rows, capacity=self._capacity, kept=self._kept)
+        return DecodeBatch(self.backbone, self._budget, job, max_rows=self.max_rows, capacity=self._capacity, kept=self._kept)
 
     def _run(self) -> None:
         while self._wait():
@@ -217,7 +215,7 @@ class LiveEngine:
     def _answer(self, refined: Refined | None) -> None:
         if refined is None:
             return
-        for row, place in enumerate(refined.index.tolist()):
+        for row, (place, sound) in enumerate(zip(refined.index.tolist(), refined.sound, strict=True)):
             ticket = self._rows.pop(place)
             del self._prompts[place]
             steps = int(refined.steps[row])
@@ -225,7 +223,7 @@ class LiveEngine:
             self.answered, self.steps_done = self.answered + 1, self.steps_done + steps
             if ticket.left:
                 ticket.answer.cancel()
-            elif refined.sound[row]:
+            elif sound:
                 complete = ticket.terms.halted(steps, torch.from_numpy(refined.stability[row]))
                 with suppress(InvalidStateError):  # a server that was stopped has answered for it
                     ticket.answer.set_result(Answer(refined.vectors[row], steps, complete))
