@@ -354,6 +354,11 @@ def test_an_error_that_nobody_expected_is_logged_and_tells_the_client_nothing(
     assert "a secret path" in caplog.text
 
 
+def test_a_limit_that_the_models_own_rule_exceeds_is_refused(embedder: Embedder) -> None:
+    with pytest.raises(ConfigurationError, match=r"steps=5: the model's own rule is FixedSteps\(steps=20\); allow as many steps"):
+        Service(embedder, name=NAME, limits=Limits(steps=5))
+
+
 def test_limits_that_cannot_hold_a_text_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="batch_tokens=100: one text of 512 tokens and 20 steps needs 532"):
         Limits(batch_tokens=100).rows(512)

@@ -71,10 +71,15 @@ class Service:
         embedder: The model.
         name: The name it is served under.
         limits: What is accepted.
+
+    Raises:
+        ConfigurationError: If the limits exclude the model's own halting rule, or one text.
     """
 
     def __init__(self, embedder: Embedder, *, name: str, limits: Limits) -> None:
         settings = embedder.settings
+        if settings.halt.max_steps > limits.steps:
+            raise ConfigurationError(f"steps={limits.steps}: the model's own rule is {settings.halt}; allow as many steps.")
         self.embedder = embedder
         self.name = name
         self.limits = limits
@@ -82,7 +87,7 @@ class Service:
             embedder,
             max_rows=limits.rows(settings.max_length),
             max_queue_tokens=limits.queue_tokens,
-            max_steps=max(limits.steps, settings.halt.max_steps),
+            max_steps=limits.steps,
         )
         # A thread of its own: tokenising a long text must not hold up other connections, and tokenizers are not for several threads.
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="genembed-tokenizer")
