@@ -14,9 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from genembed import ConfigurationError
 from genembed.errors import NonFiniteError
-from genembed.train.gather import from_first_process, gather_across_processes, leave_group
+from genembed.train.gather import from_first_process, gather_across_processes, leave_group, mean_across_processes
 from genembed.train.gradcache import cached_loss
-from genembed.train.losses import stepwise_contrastive
 from genembed.train.objective import Objective
 
 WORLD, QUERIES, CANDIDATES, STEPS, WIDTH = 2, 3, 5, 2, 4
@@ -49,9 +48,9 @@ def texts(process: int) -> tuple[Tensor, Tensor]:
 
 
 def own_queries(process: int, queries: Tensor, candidates: Tensor) -> Tensor:
-    """The loss of this process's queries against the candidates of all."""
+    """The loss of this process's queries against the candidates of all, with the regulariser of all queries."""
     positives = POSITIVES + process * CANDIDATES
-    return stepwise_contrastive(queries, gather_across_processes(candidates), temperature=0.1, positives=positives).mean()
+    return OBJECTIVE(queries, gather_across_processes(candidates), positives=positives, joined=mean_across_processes).total
 
 
 def all_queries(process: int, queries: Tensor, candidates: Tensor) -> Tensor:
@@ -148,8 +147,7 @@ def joined() -> dict[str, tuple[Tensor, list[Tensor]]]:
     for name in ("own", "all"):
         model = toy()
         q, c = model(queries), model(candidates)
-        contrast = stepwise_contrastive(q, c, temperature=0.1, positives=positives).mean()
-        loss = contrast if name == "own" else OBJECTIVE(q, c, positives=positives).total
+        loss = OBJECTIVE(q, c, positives=positives).total
         loss.backward()
         results[name] = loss.detach(), gradients(model)
     return results

@@ -487,7 +487,7 @@ def counted(*arguments):
 HeldOut.measure = counted
 train(
     Recipe(
-        model=model, files=(DataFile(path=pairs),), objective=Objective(temperature=0.1, regulariser=0.0), queries=int(queries),
+        model=model, files=(DataFile(path=pairs),), objective=Objective(temperature=0.1), queries=int(queries),
         min_steps=2, max_steps=3, lora=Lora(rank=4, alpha=8), learning_rate=3e-3, updates=4, save_every=4, log_every=1,
         evaluation=Evaluation(every=2, share=0.2, steps=(1, 3)),
     ),
@@ -497,16 +497,26 @@ leave_group()
 """
 
 
+def answered_twice(number: int, row: dict[str, Any]) -> dict[str, Any]:
+    """Right answers that stand among the negatives must be known on both sides of the gathering."""
+    return {**row, "neg": [f"{row['pos'][0]}!"]} if number % 2 else row
+
+
+def scored(number: int, row: dict[str, Any]) -> dict[str, Any]:
+    """Scored pairs are ranked among all of the joined batch."""
+    return {"sentence1": row["query"], "sentence2": row["pos"][0], "score": number % 5}
+
+
 @pytest.mark.slow
-def test_two_processes_learn_as_one_with_the_joined_batch(recipe: Recipe, pairs: DataFile, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [answered_twice, scored])
+def test_two_processes_learn_as_one_with_the_joined_batch(
+    kind: Callable[[int, dict[str, Any]], dict[str, Any]], recipe: Recipe, pairs: DataFile, tmp_path: Path
+) -> None:
     """Losses, the parts that are logged of them, and the quality that the first process measures for both."""
     script = tmp_path / "run.py"
     script.write_text(_SCRIPT)
-    # Right answers that stand among the negatives must be known on both sides of the gathering.
     rows = [json.loads(line) for line in Path(pairs.path).read_text().splitlines()]
-    Path(pairs.path).write_text(
-        "".join(json.dumps({**row, "neg": [f"{row['pos'][0]}!"]} if n % 2 else row) + "\n" for n, row in enumerate(rows))
-    )
+    Path(pairs.path).write_text("".join(json.dumps(kind(number, row)) + "\n" for number, row in enumerate(rows)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RDZV_ENDPOINT": "localhost:0"}
     for command, name, queries in (([*launch, "--rdzv_endpoint=localhost:0"], "two", "2"), ([sys.executable], "one", "4")):

@@ -12,6 +12,7 @@ from genembed.cli.options import LoadOptions, command
 from genembed.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from genembed.embedder import Embedder
     from genembed.index import Index
     from genembed.serve.limits import Limits
 
@@ -65,13 +66,19 @@ def serve(
     The page at / shows what a model says to itself at each step, and what it finds.
     """
     from genembed.serve.run import run
+    from genembed.serve.threads import PassingThreads
 
     key, name = None if api_key_file is None else _key(api_key_file), served_model_name or model
     further = also or []
     _check_names([name, *further])
     opened = None if index is None else _open(index)
+    # Loading computes: the thread that does it must not be one that stays.
+    loads: PassingThreads[dict[str, Embedder]] = PassingThreads("genembed-loader")
+    models = loads.submit(
+        lambda: {name: loading.load(model), **{other: replace(loading, adapter=None).load(other) for other in further}}
+    ).result()
     run(
-        loading.load(model),
+        models.pop(name),
         name=name,
         host=host,
         port=port,
@@ -79,7 +86,7 @@ def serve(
         limits=limiting.limits(),
         grace=grace,
         announce=lambda url: typer.echo(f"{name}: {url} (POST /v1/embeddings)", err=True),
-        also={other: replace(loading, adapter=None).load(other) for other in further},
+        also=models,
         index=opened,
     )
 

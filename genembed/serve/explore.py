@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +19,7 @@ from genembed.halting import ConvergeStop, FixedSteps, Progress
 from genembed.refine import step
 from genembed.rows import CachedRows
 from genembed.serve.failures import Failure, failure_of
+from genembed.serve.threads import PassingThreads
 from genembed.spoken import Spoken, likeliest, new_tokens
 from genembed.tokens import TokenBatch, Tokenised
 
@@ -162,7 +162,7 @@ class ExploreRequest(BaseModel):
 
 
 class Explorer:
-    """Explores texts for the page, one at a time, in a thread of its own.
+    """Explores texts for the page, one at a time, each in a thread of its own.
 
     Args:
         models: The models that can be asked, by name; the first one is the server's own.
@@ -178,7 +178,7 @@ class Explorer:
         self.max_steps = max_steps
         self._index = index
         self._searching = None if index is None else _maker(models, index)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="genembed-explorer")
+        self._threads: PassingThreads[Exploration] = PassingThreads("genembed-explorer")
 
     def choices(self) -> dict[str, Any]:
         """Return what the page can ask for."""
@@ -210,14 +210,14 @@ class Explorer:
         index = self._index if name == self._searching else None
         arguments = (self.models[name], wanted.text, wanted.instruction, wanted.steps, wanted.top, index, wanted.hits)
         try:
-            done = await asyncio.get_running_loop().run_in_executor(self._thread, explore, *arguments)
+            done = await asyncio.wrap_future(self._threads.submit(lambda: explore(*arguments)))
         except Exception as error:
             raise failure_of(error) from error
         return {"model": name, "instruction": wanted.instruction, **_json(done)}
 
     def close(self) -> None:
         """Take nothing new."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
 
 def _apart(embedder: Embedder) -> Embedder:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import socket
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from genembed.index import Index
 
 KEEP_ALIVE_SECONDS = 5
+LAST_SECONDS = 5
+"""After the grace, for telling clients that their texts were given up."""
 
 
 def run(
@@ -58,11 +62,25 @@ def run(
         access_log=False,  # addresses of clients are nobody's business by default
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=max(1, round(grace)),
+        timeout_graceful_shutdown=math.ceil(grace) + LAST_SECONDS,
     )
     address, taken = listening.getsockname()[:2]
     announce(f"http://{f'[{address}]' if ':' in address else address}:{taken}")
-    uvicorn.Server(config).run(sockets=[listening])
+    _Server(config, service, grace).run(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    """Closes the engine as soon as it is told to stop, so that what the grace leaves undone is answered, and not cut off."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, grace: float) -> None:
+        super().__init__(config)
+        self.service, self.grace = service, grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for what is open."""
+        closing = asyncio.create_task(asyncio.to_thread(self.service.close, grace=self.grace))
+        await super().shutdown(sockets)
+        await closing
 
 
 def _socket(host: str, port: int) -> socket.socket:

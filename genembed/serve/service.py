@@ -18,7 +18,7 @@ from genembed.errors import ConfigurationError, InputError
 from genembed.halting import ConvergeStop, FixedSteps, rule_from_json
 from genembed.serve.failures import Failure, failure_of
 from genembed.serve.limits import Limits
-from genembed.serve.live import LiveEngine, OverloadedError
+from genembed.serve.live import ClosedError, LiveEngine, OverloadedError
 from genembed.serve.terms import Terms
 from genembed.tokens import Tokenised
 
@@ -91,6 +91,7 @@ class Service:
         )
         # A thread of its own: tokenising a long text must not hold up other connections, and tokenizers are not for several threads.
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="genembed-tokenizer")
+        self._closed = False
 
     async def embed(self, texts: Sequence[str], wish: Wish) -> Embedded:
         """Embed the texts of one request; cancelled, it gives them up.
@@ -101,6 +102,8 @@ class Service:
         self._check(texts)
         try:
             terms, instruction = self._terms(wish), self._instruction(wish)
+            if self._closed:
+                raise ClosedError("the server is shutting down and takes no new texts.")
             tokenised = await asyncio.get_running_loop().run_in_executor(self._tokenising, self._tokenise, texts, instruction, wish)
             tickets = self.live.submit(tokenised.ids, [terms] * len(texts))
         except Exception as error:
@@ -153,7 +156,8 @@ class Service:
         }
 
     def close(self, *, grace: float) -> bool:
-        """Finish what was accepted; tell whether all of it was."""
+        """Finish what was accepted; tell whether all of it was. Closed once more, it gives up what is left."""
+        grace, self._closed = 0.0 if self._closed else grace, True
         done = self.live.close(grace=grace)
         self._tokenising.shutdown(wait=False, cancel_futures=True)
         return done

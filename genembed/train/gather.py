@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from genembed.errors import ConfigurationError, GenembedError
@@ -43,6 +43,14 @@ def gather_across_processes(x: Shaped[Tensor, "rows *rest"]) -> Shaped[Tensor, "
             "for example by dropping the last batch and drawing the steps from one seed."
         )
     return _Gather.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def mean_across_processes(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return the mean over the processes, with its gradient; where there is one process, x itself.
+
+    What is not linear in the step losses, as the regulariser, is that of the joined batch only if it is computed of their mean.
+    """
+    return x if _is_alone() else gather_across_processes(x[None]).mean(dim=0)
 
 
 def leave_group() -> None:

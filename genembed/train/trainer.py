@@ -19,7 +19,7 @@ from genembed.errors import ConfigurationError, NonFiniteError
 from genembed.files import publish
 from genembed.train.collate import BatchLoader, TrainingBatch
 from genembed.train.durable import writing
-from genembed.train.gather import from_first_process, gather_across_processes
+from genembed.train.gather import from_first_process, gather_across_processes, mean_across_processes
 from genembed.train.gradcache import cached_loss
 from genembed.train.heldout import HeldOut
 from genembed.train.losses import known_answers
@@ -114,11 +114,24 @@ class StepwiseTrainer(Trainer):
         teacher = self._taught(start, batch) if objective.needs_teacher else None
         if scores:
             known = torch.tensor(scores, dtype=vectors.dtype, device=vectors.device)
-            value = objective(queries, candidates, scores=known, teacher=teacher)
+            value = self._rank(queries, candidates, known, teacher)
         else:
             value = self._contrast(queries, candidates, batch, teacher)
         self._means.add(value)
         return value
+
+    @property
+    def _joins(self) -> bool:
+        """Whether the batches of several processes are one."""
+        return self.recipe.gather and self.args.world_size > 1
+
+    def _rank(self, queries: Tensor, candidates: Tensor, scores: Tensor, teacher: Teacher | None) -> ObjectiveValue:
+        """Rank the pairs of this process, or those of all processes, which every one of them then does."""
+        if self._joins:
+            queries, candidates, scores = map(gather_across_processes, (queries, candidates, scores))
+            if teacher is not None:
+                teacher = Teacher(gather_across_processes(teacher.queries), gather_across_processes(teacher.candidates))
+        return self.scored_objective(queries, candidates, scores=scores, teacher=teacher)
 
     def _contrast(self, queries: Tensor, candidates: Tensor, batch: TrainingBatch, teacher: Teacher | None) -> ObjectiveValue:
         """Contrast the queries of this process with its own candidates, or with those of all processes."""
@@ -126,13 +139,14 @@ class StepwiseTrainer(Trainer):
         answered = torch.nn.functional.pad(keys[:count], (0, 0, 0, len(candidates) - count), value=_NO_KEY)
         own = _Candidates(candidates, keys[count:], answered, None if teacher is None else teacher.candidates)
         positives = torch.arange(count, device=queries.device)
-        if self.recipe.gather and self.args.world_size > 1:
+        if self._joins:
             # This process's positives move behind the candidates of the processes before it.
             own, positives = own.gathered(), positives + self.args.process_index * len(candidates)
         if teacher is not None and own.taught is not None:
             teacher = Teacher(teacher.queries, own.taught)
         ignore = known_answers(keys[:count], own.keys, own.answered, positives)
-        return self.recipe.objective(queries, own.vectors, positives=positives, ignore=ignore, teacher=teacher)
+        joined = mean_across_processes if self._joins else None
+        return self.recipe.objective(queries, own.vectors, positives=positives, ignore=ignore, teacher=teacher, joined=joined)
 
     def _taught(self, start: Tensor, batch: TrainingBatch) -> Teacher:
         """Return the teacher's embeddings of a batch."""
