@@ -17,7 +17,7 @@ demo: setup
 	$(BIN)/genembed demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: setup
 	$(BIN)/ruff format --check .
@@ -35,6 +35,7 @@ bench: setup
 	$(BIN)/python benchmarks/approximations.py
 	$(BIN)/python benchmarks/throughput.py --models mini --check
 	$(BIN)/python benchmarks/throughput.py --models qwen qwen-bf16 --check
+	$(BIN)/python benchmarks/profitability.py
 	$(BIN)/python benchmarks/scifact.py
 
 # Hours: what has a result file is left out, so it can be stopped and given again.

@@ -30,6 +30,8 @@ GATHER, PROCESSES = "gather", 2
 """The option that trains in several processes, from one seed: it is to give what one process gives with the same pairs."""
 EVERYWHERE = "gircse-everywhere"
 """GIRCSE over the encoder with the adapter on the prompt too, as the one-pass models have it."""
+ON_AVERAGE, MERGED = "gircse-on-average", "merged"
+"""GIRCSE over the encoder as the one-pass baseline has fine-tuned it, in a folder of this name: what generation adds to fine-tuning."""
 NARROW = 64
 """Leading dimensions that are measured beside the whole vector, and trained by the Matryoshka option."""
 
@@ -80,7 +82,8 @@ class Family:
     options: dict[str, Recipe]
     """What is measured beside GIRCSE, at half the updates."""
     variants: dict[str, Recipe]
-    """Other ways to train GIRCSE, at the full number of updates and from one seed."""
+    """Other ways to train GIRCSE, at the full number of updates and from one seed; a model that another experiment has to make has its
+    key in the path, and the folder `MERGED`."""
     update_seconds: tuple[float, float]
     """Of a one-pass model, and of each step of GIRCSE beside its first pass."""
     frozen_prompt: float = 1.0
@@ -175,7 +178,10 @@ def _mini(long: Recipe, files: tuple[DataFile, ...]) -> Family:
         generating={"bidirectional-avg": average, "last-token": last},
         untrained=(Experiment(backbone="mini", name="untrained", parts=("ablation",), recipe=untrained, read=settings, seconds=120.0),),
         options={},
-        variants={EVERYWHERE: replace(gircse, settings=average)},
+        variants={
+            EVERYWHERE: replace(gircse, settings=average),
+            ON_AVERAGE: replace(gircse, model=str(RUNS / "mini-bidirectional-avg-seed0" / MERGED)),
+        },
         update_seconds=(1.5, 0.12),
         frozen_prompt=0.4,
         measure_seconds=60.0,

@@ -23,7 +23,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,15 @@ from typing import Any
 import numpy as np
 from curves import STEPS, Curves
 from evaluation_data import DATA
-from experiments import NARROW, PARTS, ROOT, RUNS, Experiment, matrix
+from experiments import MERGED, NARROW, PARTS, ROOT, RUNS, Experiment, matrix
 from results_file import RESULTS, machine
 from small_sets import development_sets, test_sets
 
 import genembed
-from genembed.files import read_texts
+from genembed.files import read_texts, replacing_folder
 from genembed.train.durable import replace_text
+from genembed.train.merge import merge
+from genembed.train.model import build
 from genembed.train.overlap import TextFilter
 from genembed.train.pairs import DataFile
 from genembed.train.recipe import Recipe
@@ -59,6 +61,7 @@ def run(experiment: Experiment, data: Path) -> dict[str, Any] | None:
     begin, begin_cpu = time.perf_counter(), time.process_time()
     trained: dict[str, Any] = {"training": None, "curves": None}
     if experiment.recipe is not None:
+        make_base(Path(experiment.recipe.model))
         train(experiment.recipe, output, resume=any(output.glob("checkpoint-*")), exclude=excluded())
         if not first:
             return None
@@ -78,6 +81,18 @@ def run(experiment: Experiment, data: Path) -> dict[str, Any] | None:
         "cpu_seconds": {"training": done_cpu - begin_cpu, "measuring": time.process_time() - done_cpu},
         **measured,
     }
+
+
+def make_base(folder: Path) -> None:
+    """Merge the adapter of an experiment that was run before, if that is what a folder is to hold."""
+    if folder.name != MERGED or folder.is_dir():
+        return
+    recipe = next(one.recipe for one in matrix() if one.key == folder.parent.name)
+    assert recipe is not None
+    model = build(replace(recipe, fit_head=0, head_tokens=0), lambda _tokenizer: [])
+    model.restore(folder.parent)
+    with replacing_folder(folder) as made:
+        merge(model, made, model.settings)
 
 
 def excluded() -> TextFilter:

@@ -45,6 +45,19 @@ def newest(theme: str) -> tuple[Path, dict[str, Any]] | None:
     return (paths[-1], json.loads(paths[-1].read_text())) if paths else None
 
 
+def stored(theme: str) -> tuple[Path, dict[str, Any]]:
+    """Return the newest result file of a benchmark, which must be there."""
+    found = newest(theme)
+    if found is None:
+        raise SystemExit(f"no result file {theme}_*.json in {RESULTS}: run benchmarks/{theme.split('-')[0]}.py first")
+    return found
+
+
+def source(path: Path) -> str:
+    """Return the link to a result file, from the root."""
+    return f"[result file](benchmarks/results/{path.name})"
+
+
 def is_kept(path: Path, *, again: bool) -> bool:
     """Say that a result is there and is left as it is."""
     if path.is_file() and not again:

@@ -19,60 +19,16 @@ from typing import Any
 from halting_verdicts import Measured
 from markdown import table
 from report_halting import certified as certified_section
-from results_file import RESULTS, newest
+from results_file import RESULTS, source, stored
+from speed_tables import TABLES as SPEED
 
 README = Path(__file__).parents[1] / "README.md"
 CALIBRATION = README.parent / "docs" / "calibration.md"
 PERFORMANCE = CALIBRATION.parent / "performance.md"
+SERVING, INDEX = CALIBRATION.parent / "serving.md", CALIBRATION.parent / "index.md"
 CARD = README.parent / "genembed" / "builtin" / "mini" / "README.md"
 
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def stored(theme: str) -> tuple[Path, dict[str, Any]]:
-    """Return the newest result file of a benchmark, which must be there."""
-    found = newest(theme)
-    if found is None:
-        raise SystemExit(f"no result file {theme}_*.json in {RESULTS}: run benchmarks/{theme.split('-')[0]}.py first")
-    return found
-
-
-def _source(path: Path) -> str:
-    return f"[result file](benchmarks/results/{path.name})"
-
-
-def throughput() -> str:
-    """Time for each text of every variant, and what halting saves."""
-    heads = [
-        "",
-        "one pass",
-        "plain",
-        "sorted",
-        "engine",
-        "plain / engine",
-        "engine / one pass (bound)",
-        "halting near 9",
-        "spread over 4-20",
-    ]
-    rows, sources = [], []
-    for model in ("mini", "mini-full", "qwen"):
-        path, result = stored(f"throughput-{model}")
-        sources.append(_source(path))
-        rows += [_throughput_row(model, one) for one in result["comparisons"]]
-    note = "Milliseconds a text; *halting*: share of the iteration saving saved in decoding; then of the whole time, with its ceiling."
-    return f"{note} {', '.join(sources)}.\n\n{table(heads, rows)}"
-
-
-def _throughput_row(model: str, one: Mapping[str, Any]) -> list[str]:
-    variants = one["variants"]
-    saved = [variants[f"engine {trace}"]["saving"] for trace in ("near 9", "4-20")]
-    return [
-        f"{model}, {one['texts']} {one['kind']}, mean {one['mean_tokens']:.0f} tokens",
-        *(f"{variants[name]['ms_per_text']:.1f}" for name in ("causal-eos", "plain", "sorted", "engine")),
-        f"{variants['engine']['plain_over_this']:.2f}x",
-        f"{variants['engine']['to_causal_eos']:.2f} ({one['flop_bound']:.2f})",
-        *(f"{saving['share']:.2f}; {saving['wall_clock']:.0%} of at most {saving['ceiling']:.0%}" for saving in saved),
-    ]
 
 
 def scifact() -> str:
@@ -83,7 +39,7 @@ def scifact() -> str:
         low, high = one["difference_to_k0_95"]
         steps = "" if one["query_steps"] is None else f"{one['query_steps']:.1f} / {one['document_steps']:.1f}"
         rows.append([one["label"], f"{one['ndcg@10']:.2f}", f"{low:+.2f} to {high:+.2f}", steps])
-    return f"{_source(path)}\n\n{table(['', 'nDCG@10', 'to K = 0', 'mean steps, queries / documents'], rows)}"
+    return f"{source(path)}\n\n{table(['', 'nDCG@10', 'to K = 0', 'mean steps, queries / documents'], rows)}"
 
 
 def gates() -> str:
@@ -97,7 +53,7 @@ def gates() -> str:
     distinct = ", ".join(f"{result['distinct_tokens'][k - 1]:.0%} at step {k}" for k in (1, 2, 5, 20))
     gates = "\n".join(f"- {name}: {'passed' if passed else '**missed**'}" for name, passed in result["gates"].items())
     heads = ["development set", *(f"K = {k}" for k in shown), "halted, at mean k*"]
-    return f"{_source(path)}\n\n{table(heads, rows)}\n\nDistinct likeliest tokens over texts: {distinct}.\n\n{gates}"
+    return f"{source(path)}\n\n{table(heads, rows)}\n\nDistinct likeliest tokens over texts: {distinct}.\n\n{gates}"
 
 
 def quality() -> str:
@@ -111,7 +67,7 @@ def quality() -> str:
     halted = sum(one["halted"] for one in result["sets"].values()) / len(result["sets"])
     rows.append(["mean", *(f"{result['mean'][k]:.2f}" for k in shown), f"{halted:.2f}", ""])
     heads = ["test set", *(f"K = {k}" for k in shown), "halted, at mean k*", "BM25"]
-    return f"{_source(path)}\n\n{table(heads, rows)}"
+    return f"{source(path)}\n\n{table(heads, rows)}"
 
 
 def certified() -> str:
@@ -159,25 +115,6 @@ def _or_none(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def training() -> str:
-    """Time and memory of a training update."""
-    path, result = stored("training")
-    rows = []
-    for one in result["comparisons"]:
-        for name, row in one["variants"].items():
-            label = f"{one['shape']}, {name}"
-            rows.append(
-                [
-                    label,
-                    f"{row['median']:.2f}",
-                    f"{row['faster']:.2f}x ({row['ceiling']:.1f})",
-                    f"{row['peak_mib']:.0f}",
-                    f"{row['memory']:.2f}",
-                ]
-            )
-    return f"{_source(path)}\n\n{table(['', 's / update', 'faster (ceiling)', 'peak MiB', 'of released'], rows)}"
-
-
 def calibration() -> str:
     """How often a rule is certified falsely, in synthetic worlds."""
     path, result = stored("calibration")
@@ -193,88 +130,17 @@ def calibration() -> str:
         for one in result["rows"]
     ]
     heads = ["loss, bound", "queries", "false, certified (at most, 95 %)", "false, naive", "certified anything", "of the sound candidates"]
-    return f"{_source(path)}, {result['rows'][0]['worlds']:,} worlds a row, delta = {result['delta']:g}.\n\n{table(heads, rows)}"
-
-
-def approximations() -> str:
-    """What each approximation costs and gains."""
-    path, result = stored("approximations-mini")
-    named = {row["name"]: row for row in result["rows"]}
-    sizes = [int(key.rsplit("_", 1)[1]) for key in result["rows"][0] if key.startswith("seconds_")]
-    heads = [
-        "",
-        "cosine",
-        "worst",
-        *result["rows"][0]["quality"],
-        *(f"ms, {size} quer{'y' if size == 1 else 'ies'}" for size in sizes),
-        "faster",
-    ]
-    rows = []
-    for row in result["rows"]:
-        reference, dropped = named[row["reference"]], row["dropped"]
-        rows.append(
-            [
-                row["name"] + (f" ({dropped:.0%} of the mass dropped)" if dropped is not None else ""),
-                f"{row['cosine']:.5f}",
-                f"{row['worst']:.3f}",
-                *(f"{value:.2f}" for value in row["quality"].values()),
-                *(f"{1e3 * row[f'seconds_{size}']:.0f}" for size in sizes),
-                " / ".join(f"{reference[f'seconds_{size}'] / row[f'seconds_{size}']:.2f}x" for size in sizes),
-            ]
-        )
-    return f"{_source(path)}\n\n{table(heads, rows)}"
-
-
-def latency() -> str:
-    """One query at a time."""
-    path, result = stored("latency")
-    rows = [
-        [one["model"], way, f"{own['p50']:.0f}", f"{own['p95']:.0f}", f"{own['least']:.0f}", f"{own['p50'] / own['least']:.1f}x"]
-        for one in result["models"]
-        for way, own in one["ways"].items()
-    ]
-    return f"{_source(path)}\n\n{table(['', '', 'median, ms', '95 %, ms', 'ceiling, ms', 'of the ceiling'], rows)}"
-
-
-def soft_token() -> str:
-    """The soft token alone."""
-    path, result = stored("soft_token")
-    ways = list(result["comparisons"][0]["ways"])
-    rows = [
-        [
-            f"{one['shape']}, {'tied' if one['tied'] else 'untied'}",
-            str(one["rows"]),
-            *(f"{1e3 * one['ways'][way]['median']:.2f}" for way in ways),
-            f"{one['ways'][ways[-1]]['faster']:.2f}x",
-            f"{one['ways'][ways[-1]]['share']:.0%}",
-        ]
-        for one in result["comparisons"]
-    ]
-    heads = ["", "rows", *(f"{way}, ms" for way in ways), f"{ways[-1]} / {ways[0]}", "of the ceiling"]
-    return f"{_source(path)}\n\n{table(heads, rows)}"
-
-
-def int8() -> str:
-    """Products with 8-bit weights."""
-    path, result = stored("int8")
-    ways = list(result["rows"][0]["us"])
-    rows = [[row["layer"], str(row["rows"]), *(f"{row['us'][way]:.0f}" for way in ways)] for row in result["rows"]]
-    return f"{_source(path)}, torchao {result['torchao']}; microseconds.\n\n{table(['', 'rows', *ways], rows)}"
+    return f"{source(path)}, {result['rows'][0]['worlds']:,} worlds a row, delta = {result['delta']:g}.\n\n{table(heads, rows)}"
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
-    "throughput": throughput,
     "scifact": scifact,
     "gates": gates,
     "quality": quality,
     "certified": certified,
     "trained": trained,
-    "training": training,
     "calibration": calibration,
-    "approximations": approximations,
-    "latency": latency,
-    "soft_token": soft_token,
-    "int8": int8,
+    **SPEED,
 }
 
 
@@ -293,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare")
     arguments = parser.parse_args()
-    for path in (README, CARD, CALIBRATION, PERFORMANCE):
+    for path in (README, CARD, CALIBRATION, PERFORMANCE, SERVING, INDEX):
         text = path.read_text(encoding="utf-8")
         made = filled(text, path.parent)
         if arguments.check and made != text:

@@ -43,7 +43,8 @@ from genembed.cost import Cost
 from genembed.engine import Engine
 
 UNIT, ENGINE = "causal-eos", "engine"
-TEXTS = {"mini": 512, "mini-full": 512, "qwen": 32, "qwen-bf16": 32}
+TEXTS = {"mini": (512, 128), "mini-full": (512, 128), "qwen": (32, 32), "qwen-bf16": (32, 32)}
+"""Queries, and documents, in a run."""
 WORSE = 0.15
 """A ratio that has risen by more is a regression."""
 
@@ -213,7 +214,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["mini", "qwen"], choices=list(LOADERS))
     parser.add_argument("--kinds", nargs="+", default=["queries", "documents"], choices=list(KINDS))
     parser.add_argument("--rows", type=int, nargs="*", default=[], help="rows in a batch, to compare batch sizes")
-    parser.add_argument("--texts", type=int, default=None, help="texts in a run (default: 512 for mini, 32 for qwen)")
+    parser.add_argument(
+        "--texts", type=int, default=None, help="texts in a run (default: 512 queries or 128 documents for mini, 32 for qwen)"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--check", action="store_true", help="fail where a ratio is over 15 %% worse than in the newest result file")
@@ -228,7 +231,8 @@ def main() -> None:
         for kind in args.kinds:
             backbone = LOADERS[model]()
             limit = (backbone.max_positions or 1 << 20) - STEPS
-            prompts = prompts_of(kind, args.texts or TEXTS[model], len(backbone.table), limit)
+            count = args.texts or TEXTS[model][kind != "queries"]
+            prompts = prompts_of(kind, count, len(backbone.table), limit)
             found.append(compare(Subject(model, kind, prompts, args.repeats, rates), args.rows))
         before, dtype = newest(theme), str(LOADERS[model]().dtype).removeprefix("torch.")
         worse += regressions(found, before[1]) if before is not None else []

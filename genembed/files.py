@@ -287,6 +287,8 @@ def replacing(path: Path) -> Iterator[Binary]:
     try:
         with file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # or after a power cut the new name could belong to an empty file
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -323,8 +325,7 @@ def publish(staged: Path, final: Path) -> None:
         staged: The written folder, on the same file system.
         final: The name it gets.
     """
-    for path in [*staged.rglob("*"), staged]:
-        _sync(path)
+    make_durable(staged)
     recover(final)
     try:
         if final.exists():
@@ -333,6 +334,12 @@ def publish(staged: Path, final: Path) -> None:
         _sync(final.parent)
     finally:
         recover(final)
+
+
+def make_durable(folder: Path) -> None:
+    """Wait until everything in a folder is on the disk, and not in memory alone."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
 
 
 def recover(final: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytestmark = pytest.mark.usefixtures("benchmarks")
@@ -67,3 +68,10 @@ def test_a_ratio_that_rose_by_more_than_15_percent_is_a_regression_of_the_engine
 def test_the_rows_of_a_batch_are_read_off_the_name(throughput: Any) -> None:
     names = ("engine, 32 rows", "plain", "engine", "engine near 9")
     assert [throughput._rows_of(name, 100) for name in names] == [32, 32, 100, 100]
+
+
+def test_the_interval_of_a_median_is_that_of_its_order_statistics() -> None:
+    summary = importlib.import_module("profitability").summary
+    # Of 15 values the 4th and the 12th hold the median with 96 %, the 5th and the 11th with 88 %.
+    assert summary(np.arange(1.0, 16.0)) == {"median": 8.0, "low": 4.0, "high": 12.0}
+    assert summary(np.array([2.0, 1.0, 3.0])) == {"median": 2.0, "low": 1.0, "high": 3.0}

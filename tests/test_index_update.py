@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,6 +188,52 @@ def test_two_who_change_the_same_index_do_not_undo_each_other(index: Index, bert
         with pytest.raises(ConfigurationError, match="somebody else has changed the index"):
             change_it()
     assert set(references(Index.open(index.folder))) == {"a.md:1", "a.md:3"}
+
+
+def test_an_index_that_is_being_changed_is_not_changed_by_somebody_else(index: Index, bert: Embedder) -> None:
+    other = Index.open(index.folder)
+    with genembed.index.tables.alone(index.folder):
+        for change_it in (lambda: other.update(bert, [passage("x", 9)], halt=RULE), lambda: other.delete("true")):
+            with pytest.raises(ConfigurationError, match="somebody else is changing the index; nothing was done"):
+                change_it()
+        assert len(other.search(bert.encode("trips"))) == 3
+    assert other.delete("path = 'b.md'") == 1
+
+
+_WRITER = """
+import itertools, sys
+from genembed import FixedSteps, load
+from genembed.index import Index, Passage
+
+model, folder, first = sys.argv[1:]
+embedder, index = load(model), Index.open(folder)
+for number in itertools.count(int(first)):
+    index.update(embedder, [Passage(f"text {number}", f"w.md:{number}", "", "w.md", "md", {})], halt=FixedSteps(2))
+    print(number, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_what_a_killed_writer_has_said_is_done_is_there_and_nothing_half_done(
+    index: Index, bert: Embedder, folder_of: Callable[[str], Path]
+) -> None:
+    said, rng = -1, random.Random(0)
+    for _ in range(4):
+        command = [sys.executable, "-c", _WRITER, str(folder_of("bert")), str(index.folder), str(said + 1)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdout is not None
+            for _ in range(3):
+                said = int(writer.stdout.readline())
+            time.sleep(rng.random() / 5)
+            writer.kill()
+            said = max([said, *map(int, writer.stdout.read().split())])
+        kept = Index.open(index.folder)
+        written = {name for name in references(kept) if name.startswith("w.md")}
+        # The one it was at may have been finished without being said.
+        assert written in ({f"w.md:{n}" for n in range(said + 1)}, {f"w.md:{n}" for n in range(said + 2)})
+        assert kept.search(bert.encode(f"text {said}", halt=RULE), k=1)[0].reference == f"w.md:{said}"
+        said = len(written) - 1
+    assert Index.open(index.folder).update(bert, [passage("x", 9)], halt=RULE) == change(embedded=1)
 
 
 def test_an_index_of_before_hashes_were_kept_still_answers_and_asks_to_be_built_again(index: Index, bert: Embedder) -> None:

@@ -36,6 +36,7 @@ ALLOWED = {
     "rich": ("cli/", "index/demo.py"),
     "pyarrow": ("files.py", "index/", "train/"),
     "lancedb": ("index/",),
+    "filelock": ("index/table.py",),
     "bs4": ("index/html.py",),
     "accelerate": ("train/",),
     "fastapi": ("serve/",),

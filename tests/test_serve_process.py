@@ -24,7 +24,8 @@ def started(model: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str],
         try:
             assert process.stderr is not None
             said = process.stderr.readline()
-            assert (found := re.search(r"http://127\.0\.0\.1:\d+", said)), said + process.stderr.read()
+            found = re.search(r"http://127\.0\.0\.1:\d+", said)
+            assert found, said + process.stderr.read()
             yield process, found[0]
         finally:
             process.kill()

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from genembed.embedder import Embedder
 from genembed.errors import ConfigurationError, TextError
-from genembed.files import replacing_folder
+from genembed.files import make_durable, replacing_folder
 from genembed.halting import HaltingRule
 from genembed.index import table as tables
 from genembed.index.approximate import make_approximation, measured
@@ -204,33 +204,33 @@ class Index:
             show_progress_bar: Show a bar on stderr when the work takes more than a second.
 
         Raises:
-            ConfigurationError: If model, rule or metadata are others than those of the index, or somebody else has changed it.
+            ConfigurationError: If model, rule or metadata are others than those of the index, or somebody else changes it or has done so.
             InputError: If a text cannot be embedded; the message has its row.
         """
-        self._check_changeable()
-        self.check(embedder)
-        self._check_rule(embedder.settings.halt if halt is None else halt)
-        types = tables.metadata_types(self._table)
-        stored = tables.read_columns(self._table, [*SHOWN_COLUMNS, *types]).to_pydict()
-        plan = plan_update(stored, passages, metadata=list(types), prune=map(str, prune))
-        new = [passages[number] for number in plan.embed]
-        begin = time.perf_counter()
-        with _naming(new):
-            instruction = self.description.instruction
-            done = embedder.refine(
-                [passage.text for passage in new],
-                instruction=instruction,
-                halt=halt,
-                truncate=truncate,
-                show_progress_bar=show_progress_bar,
-            )
-        seconds = time.perf_counter() - begin
-        if plan or ann:
-            rows = [
-                tables.arrow_table(new, done.vectors, done.steps, done.truncated, types=types),
-                *kept_rows(self._table, plan, passages, types),
-            ]
-            self._change([*plan.moved.values(), *plan.gone], [part for part in rows if len(part)], seconds=seconds, ann=ann)
+        with tables.alone(self.folder):
+            self._check_changeable()
+            self.check(embedder)
+            self._check_rule(embedder.settings.halt if halt is None else halt)
+            types = tables.metadata_types(self._table)
+            stored = tables.read_columns(self._table, [*SHOWN_COLUMNS, *types]).to_pydict()
+            plan = plan_update(stored, passages, metadata=list(types), prune=map(str, prune))
+            new = [passages[number] for number in plan.embed]
+            begin = time.perf_counter()
+            with _naming(new):
+                done = embedder.refine(
+                    [passage.text for passage in new],
+                    instruction=self.description.instruction,
+                    halt=halt,
+                    truncate=truncate,
+                    show_progress_bar=show_progress_bar,
+                )
+            seconds = time.perf_counter() - begin
+            if plan or ann:
+                rows = [
+                    tables.arrow_table(new, done.vectors, done.steps, done.truncated, types=types),
+                    *kept_rows(self._table, plan, passages, types),
+                ]
+                self._change([*plan.moved.values(), *plan.gone], [part for part in rows if len(part)], seconds=seconds, ann=ann)
         return Changes(
             embedded=len(new),
             copied=len(plan.copied),
@@ -246,13 +246,14 @@ class Index:
             where: Condition of SQL over the index's columns.
 
         Raises:
-            ConfigurationError: If the filter does not work, or somebody else has changed the index.
+            ConfigurationError: If the filter does not work, or somebody else changes the index or has done so.
         """
-        self._check_changeable()
-        with tables.answering(self.folder, where):
-            rows = self._table.search().where(where).select([]).with_row_id(True).limit(None).to_arrow()["_rowid"].to_pylist()
-        if rows:
-            self._change(rows, [], seconds=0.0, ann=False)
+        with tables.alone(self.folder):
+            self._check_changeable()
+            with tables.answering(self.folder, where):
+                rows = self._table.search().where(where).select([]).with_row_id(True).limit(None).to_arrow()["_rowid"].to_pylist()
+            if rows:
+                self._change(rows, [], seconds=0.0, ann=False)
         return len(rows)
 
     def search(self, vector: Float[np.ndarray, "hidden"], *, k: int = 10, where: str | None = None, exact: bool = False) -> list[Hit]:
@@ -350,6 +351,7 @@ class Index:
                 table.add(rows)
             table.optimize(cleanup_older_than=_NEVER)  # the indexes learn of the new rows; what others read stays
             approximation = make_approximation(table) if ann else None if before.approximation is None else measured(table)
+            make_durable(self.folder)
         after = replace(before, seconds=before.seconds + seconds, approximation=approximation, **contents(table))
         self._check_changeable()
         write_description(self.folder, after)

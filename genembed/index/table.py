@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from jaxtyping import Bool, Float, Int
 
 from genembed.errors import ConfigurationError, InputError, missing_extra
@@ -26,6 +27,7 @@ except ModuleNotFoundError as missing:
     raise missing_extra("index", missing.name or "lancedb") from missing
 
 _NAME = "passages"
+_LOCK = "changing.lock"
 _FUSED = 100
 """Texts that either list of a hybrid search brings, at least: reciprocal ranks below are too small to change the first ten."""
 _REFINED = 10
@@ -187,6 +189,26 @@ def answering(folder: Path, where: str | None) -> Iterator[None]:
         raise bad_filter(where, error) from error
     except (OSError, RuntimeError) as error:
         raise damaged(folder, error) from error
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from changing an index; one that is killed does not.
+
+    Raises:
+        ConfigurationError: If another one is changing it, or it cannot be written.
+    """
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigurationError(f"{folder}: somebody else is changing the index; nothing was done, do it again later.") from None
+    except OSError as error:
+        raise ConfigurationError(f"{folder}: cannot be changed, and is as it was: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
