@@ -81,9 +81,9 @@ class Family:
     """Measured beside the trained ones."""
     options: dict[str, Recipe]
     """What is measured beside GIRCSE, at half the updates."""
-    variants: dict[str, Recipe]
-    """Other ways to train GIRCSE, at the full number of updates and from one seed; a model that another experiment has to make has its
-    key in the path, and the folder `MERGED`."""
+    variants: tuple[tuple[str, Recipe], ...]
+    """Other ways to train GIRCSE, at the full number of updates, each with its seed; a model that another experiment has to make has
+    its key in the path, and the folder `MERGED`."""
     update_seconds: tuple[float, float]
     """Of a one-pass model, and of each step of GIRCSE beside its first pass."""
     frozen_prompt: float = 1.0
@@ -129,7 +129,7 @@ def _decoder(gircse: Recipe, mini: Recipe) -> Family:
             measured(name="eos-stage", model=gircse.model, read=after_end),
         ),
         options=_options(_at(gircse, SIZES["-half"], 0), teacher=mini.model, reading=replace(_prefix(mini), halt=FixedSteps(0))),
-        variants={},
+        variants=(),
         update_seconds=(0.55, 0.1),
         measure_seconds=25.0,
         start_seconds=15.0,
@@ -178,10 +178,10 @@ def _mini(long: Recipe, files: tuple[DataFile, ...]) -> Family:
         generating={"bidirectional-avg": average, "last-token": last},
         untrained=(Experiment(backbone="mini", name="untrained", parts=("ablation",), recipe=untrained, read=settings, seconds=120.0),),
         options={},
-        variants={
-            EVERYWHERE: replace(gircse, settings=average),
-            ON_AVERAGE: replace(gircse, model=str(RUNS / "mini-bidirectional-avg-seed0" / MERGED)),
-        },
+        variants=(
+            (EVERYWHERE, replace(gircse, settings=average)),
+            *((ON_AVERAGE, replace(gircse, model=str(RUNS / f"mini-bidirectional-avg-seed{seed}" / MERGED), seed=seed)) for seed in SEEDS),
+        ),
         update_seconds=(1.5, 0.12),
         frozen_prompt=0.4,
         measure_seconds=60.0,
@@ -246,8 +246,9 @@ def _rows(family: Family, seed: int) -> Iterator[Experiment]:
     full = replace(family.gircse, seed=seed)
     yield _trained(family, "gen", replace(full, objective=_last_step(full.objective)), ("ablation",))
     yield _trained(family, "gen-sl", replace(full, objective=replace(full.objective, regulariser=0.0)), ("ablation",))
-    for name, recipe in family.variants.items() if seed == SEEDS[0] else ():
-        yield _trained(family, name, recipe, ("ablation",))
+    for name, recipe in family.variants:
+        if recipe.seed == seed:
+            yield _trained(family, name, recipe, ("ablation",))
 
 
 def _trained(family: Family, name: str, recipe: Recipe, parts: tuple[str, ...], *, read: ModelSettings | None = None) -> Experiment:
