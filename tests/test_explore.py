@@ -20,7 +20,7 @@ from genembed.errors import InputError
 from genembed.index import Index, Passage
 from genembed.serve import explore as module
 from genembed.serve.app import create_app
-from genembed.serve.explore import PAGE_FILES, Explorer, ExploreRequest, explore
+from genembed.serve.explore import PAGE_FILES, Explorer, explore
 from genembed.serve.limits import Limits
 from genembed.serve.service import Service
 from genembed.spoken import new_tokens, spoken_tokens
@@ -326,5 +326,12 @@ def test_a_model_that_is_served_twice_is_refused(folder_of: Callable[[str], Path
     assert "is served already" in capsys.readouterr().err
 
 
-def test_the_steps_of_a_request_are_twenty_unless_it_says_so() -> None:
-    assert ExploreRequest.model_validate({"text": "a"}).steps == 20
+def test_the_steps_of_a_request_are_as_many_as_the_server_allows_unless_it_says_so(service: Service) -> None:
+    [answer] = answers(create_app(service), post(text=TEXT))
+    assert len(answer.json()["steps"]) == 1 + min(20, service.live.max_steps)
+
+
+def test_explorations_do_not_pile_up(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_WAITING", 2)
+    statuses = [answer.status_code for answer in answers(create_app(service), *[post(text=TEXT)] * 6)]
+    assert (statuses.count(200), statuses.count(429)) == (2, 4)

@@ -16,9 +16,10 @@ import torch
 
 from genembed import Budget, ConfigurationError, ConvergeStop, Embedder, FixedSteps, load
 from genembed.backbone import Backbone
-from genembed.errors import NonFiniteError
+from genembed.errors import InputError, NonFiniteError
 from genembed.halting import HaltingRule
-from genembed.serve.live import ClosedError, LiveEngine, OverloadedError, Ticket
+from genembed.serve.live import ClosedError, DeadlineError, LiveEngine, OverloadedError
+from genembed.serve.queueing import Ticket
 from genembed.serve.terms import MAX_PATIENCE, Terms
 
 TEXTS = [
@@ -180,7 +181,7 @@ def test_a_queue_that_is_full_refuses_a_request_whole_and_says_when_to_come_back
     fits = asked(live, embedder, TEXTS[:3], FixedSteps(1))
     queued = live.queued_tokens
     with pytest.raises(OverloadedError, match=r"tokens are waiting, and .* more do not fit into a queue of 60") as refused:
-        asked(live, embedder, TEXTS, FixedSteps(1))
+        asked(live, embedder, TEXTS[:3], FixedSteps(1))
     assert refused.value.retry_after >= 1
     assert live.queued_tokens == queued
     gate.free()
@@ -188,10 +189,79 @@ def test_a_queue_that_is_full_refuses_a_request_whole_and_says_when_to_come_back
     assert live.close(grace=PATIENCE_SECONDS)
 
 
-def test_a_request_larger_than_the_queue_is_taken_when_nobody_waits(embedder: Embedder) -> None:
-    live = LiveEngine(embedder, max_rows=2, max_queue_tokens=10, max_steps=6)
+def test_a_request_that_an_empty_queue_cannot_hold_is_refused(embedder: Embedder) -> None:
+    tokens = sum(len(ids) for ids in embedder.tokenizer(TEXTS).ids)
+    live = LiveEngine(embedder, max_rows=2, max_queue_tokens=tokens, max_steps=6)
+    with pytest.raises(InputError, match=rf"the {tokens + 1} tokens of this request do not fit into a queue of {tokens}; send several"):
+        live.submit([*embedder.tokenizer(TEXTS).ids, np.zeros(1, dtype=np.int64)], [Terms(rule=FixedSteps(1))] * (len(TEXTS) + 1))
     assert len(wait([ticket.answer for ticket in asked(live, embedder, TEXTS, FixedSteps(1))], PATIENCE_SECONDS).done) == len(TEXTS)
-    live.close(grace=PATIENCE_SECONDS)
+    assert live.close(grace=PATIENCE_SECONDS)
+
+
+def test_a_short_request_is_not_held_by_a_long_one_before_it(embedder: Embedder, patch: Patch) -> None:
+    gate = Gate(embedder.backbone, patch)
+    live = LiveEngine(embedder, max_rows=2, max_steps=6)
+    long = asked(live, embedder, TEXTS * 10, FixedSteps(1))
+    until(lambda: live.under_way == 2)
+    (short,) = asked(live, embedder, TEXTS[:1], FixedSteps(1))
+    gate.let(4)  # the first two texts, then one more of the long request and the short one
+    until(short.answer.done)
+    assert sum(ticket.answer.done() for ticket in long) <= 3
+    gate.free()
+    assert live.close(grace=PATIENCE_SECONDS)
+
+
+def test_a_deadline_that_passes_in_the_queue_is_told_at_once(embedder: Embedder, patch: Patch) -> None:
+    gate = Gate(embedder.backbone, patch)
+    live = LiveEngine(embedder, max_rows=1, max_steps=6)
+    (first,) = asked(live, embedder, TEXTS[:1], FixedSteps(6))
+    until(lambda: live.under_way == 1)
+    (late,) = asked(live, embedder, TEXTS[:1], FixedSteps(6), deadline=time.monotonic() + 0.01)
+    (patient,) = asked(live, embedder, TEXTS[:1], FixedSteps(6), deadline=time.monotonic() + 1_000)
+    time.sleep(0.02)
+    gate.let(2)
+    with pytest.raises(DeadlineError, match="passed while the text waited"):
+        late.answer.result(PATIENCE_SECONDS)
+    assert not first.answer.done()
+    gate.free()
+    assert patient.answer.result(PATIENCE_SECONDS).complete
+    assert live.queued_tokens == 0
+    assert live.close(grace=PATIENCE_SECONDS)
+
+
+def test_an_engine_that_cannot_go_on_answers_everybody_and_takes_nothing_new(live: LiveEngine, embedder: Embedder, patch: Patch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    patch.setattr(embedder.backbone, "embed", broken)
+    patch.setattr(live, "_new_batch", broken)
+    for ticket in asked(live, embedder, TEXTS, FixedSteps(1)):
+        with pytest.raises(MemoryError):
+            ticket.answer.result(PATIENCE_SECONDS)
+    until(lambda: not live._thread.is_alive())
+    with pytest.raises(ClosedError):
+        asked(live, embedder, TEXTS[:1], FixedSteps(1))
+
+
+def test_texts_that_left_are_not_tried_again_after_a_failed_batch(live: LiveEngine, embedder: Embedder, patch: Patch) -> None:
+    gate = Gate(embedder.backbone, patch)
+    stays, goes = asked(live, embedder, TEXTS[:2], FixedSteps(6))
+    gate.let(1)
+    step = embedder.backbone.next_embeddings
+    fails = iter([True])
+
+    def once(states: torch.Tensor) -> torch.Tensor:
+        if next(fails, False):
+            live.leave([goes])
+            live._admit()
+            raise RuntimeError("once")
+        return step(states)
+
+    patch.setattr(embedder.backbone, "next_embeddings", once)
+    gate.free()
+    assert stays.answer.result(PATIENCE_SECONDS).steps == 6
+    assert goes.answer.cancelled()
+    assert live.answered == 1
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a kernel failed"), MemoryError(), ZeroDivisionError("surprise")])

@@ -74,7 +74,7 @@ class RefineOptions:
     threshold: Annotated[
         float | None, typer.Option(help="Halt a text when the cosine of its consecutive vectors stays at or above this.")
     ] = None
-    halt: Annotated[str | None, typer.Option(help="File with the halting rule that genembed calibrate wrote; for search also: rank.")] = None
+    halt: Annotated[str | None, typer.Option(help="File with a rule that genembed calibrate wrote; in a search also: rank.")] = None
     truncate: Annotated[Literal["right", "error"], typer.Option(help="Cut texts that are too long from the right, or refuse them.")] = (
         "right"
     )

@@ -22,7 +22,7 @@ class LimitOptions:
     """How much the server takes on."""
 
     max_batch_tokens: Annotated[int, typer.Option(help="Positions of all texts under way, prompt and generated.")] = 16_384
-    max_queue_tokens: Annotated[int, typer.Option(help="Prompt tokens that may wait; more are refused with 429.")] = 65_536
+    max_queue_tokens: Annotated[int, typer.Option(help="Prompt tokens that may wait; more are refused with 429.")] = 262_144
     max_concurrent_requests: Annotated[int, typer.Option(help="Requests that may be open; more are refused with 429.")] = 512
     max_client_batch: Annotated[int, typer.Option(help="Texts in one request.")] = 2_048
     max_request_bytes: Annotated[int, typer.Option(help="Length of a request's body.")] = 16 << 20

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -21,7 +22,7 @@ import genembed
 from genembed.embedder import Embedder
 from genembed.serve import protocols
 from genembed.serve.explore import PAGE_FILES, PAGE_HEADERS, Explorer, ExploreRequest
-from genembed.serve.failures import Failure, failure_of
+from genembed.serve.failures import Failure, failure_of, json_response
 from genembed.serve.metrics import CONTENT_TYPE, Metrics
 from genembed.serve.service import Service
 
@@ -123,7 +124,7 @@ class Guard:
             if not hmac.compare_digest(given, self.expected):
                 raise Failure(401, "the key is missing or wrong: send it as Authorization: Bearer KEY.", code="invalid_api_key")
         most = self.service.limits.concurrent_requests
-        if self.open > most:
+        if self.open > most and scope["method"] != "GET":  # whoever watches the server must see it when it is busy, too
             raise Failure(429, f"{most} requests are open already.", code="rate_limit_exceeded", retry_after=1)
 
     def _route(self, scope: Scope) -> str:
@@ -155,12 +156,6 @@ def answer_of(error: Exception, path: str) -> Response:
     return json_response(body, failure.status, headers=failure.headers)
 
 
-def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """Return JSON; NumPy arrays become lists of numbers."""
-    content = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Response(content, status, media_type="application/json", headers=headers)
-
-
 async def body_of(request: Request, service: Service) -> Any:
     """Read and parse a request's body, within its limits.
 
@@ -182,6 +177,8 @@ async def body_of(request: Request, service: Service) -> Any:
                 if length > limit:
                     raise too_long
                 chunks.append(chunk)
+    except ClientDisconnect:
+        raise Failure(CLIENT_GONE, "the client left.") from None
     except TimeoutError:
         raise Failure(408, f"the request did not arrive within {service.limits.body_seconds:g} seconds.") from None
     try:
@@ -227,7 +224,8 @@ def _embedding_routes(app: FastAPI, service: Service) -> None:
 def _embeds(model: type[Any], service: Service) -> Callable[[Request], Awaitable[Response]]:
     async def embed(request: Request) -> Response:
         wanted = model.model_validate(await body_of(request, service))
-        return json_response(await unless_gone(request, wanted.answer(service)))
+        done = await unless_gone(request, wanted.answer(service))
+        return done if isinstance(done, Response) else json_response(done)
 
     embed.__doc__ = model.__doc__
     return embed

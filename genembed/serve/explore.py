@@ -147,6 +147,11 @@ def _operations(embedder: Embedder, tokens: int, steps: int) -> list[int | None]
     return [Cost(shape=shape, tokens=tokens, steps=k).cached for k in range(steps + 1)]
 
 
+_STEPS = 20
+_WAITING = 8
+"""Explorations that may be asked for at a time."""
+
+
 class ExploreRequest(BaseModel):
     """POST /explore."""
 
@@ -156,7 +161,8 @@ class ExploreRequest(BaseModel):
     instruction: str | None = None
     model: str | None = None
     """The server's first model if None."""
-    steps: Annotated[int, Field(ge=0)] = 20
+    steps: Annotated[int, Field(ge=0)] | None = None
+    """As many as the server allows if None, at most 20."""
     top: Annotated[int, Field(ge=1, le=20)] = 5
     hits: Annotated[int, Field(ge=1, le=20)] = 3
 
@@ -205,10 +211,13 @@ class Explorer:
         if name not in self.models:
             served = ", ".join(map(repr, self.models))
             raise Failure(404, f"model {name!r:.80} is not served here, but {served}.", code="model_not_found", param="model")
-        if wanted.steps > self.max_steps:
-            raise Failure(400, f"steps={wanted.steps}: this server does at most {self.max_steps}.", code="invalid_value", param="steps")
+        steps = min(_STEPS, self.max_steps) if wanted.steps is None else wanted.steps
+        if steps > self.max_steps:
+            raise Failure(400, f"steps={steps}: this server does at most {self.max_steps}.", code="invalid_value", param="steps")
         index = self._index if name == self._searching else None
-        arguments = (self.models[name], wanted.text, wanted.instruction, wanted.steps, wanted.top, index, wanted.hits)
+        arguments = (self.models[name], wanted.text, wanted.instruction, steps, wanted.top, index, wanted.hits)
+        if self._threads.under_way >= _WAITING:
+            raise Failure(429, f"{_WAITING} explorations wait already.", code="rate_limit_exceeded", retry_after=1)
         try:
             done = await asyncio.wrap_future(self._threads.submit(lambda: explore(*arguments)))
         except Exception as error:

@@ -1,14 +1,17 @@
-"""What a client is told when it gets no embedding: a status, a kind, a sentence."""
+"""What a client is told, above all when it gets no embedding: a status, a kind, a sentence."""
 
 from __future__ import annotations
 
+import reprlib
 from http import HTTPStatus
 from typing import Any
 
+import orjson
+from fastapi import Response
 from pydantic import ValidationError
 
 from genembed.errors import ConfigurationError, InputError, NonFiniteError
-from genembed.serve.live import ClosedError, OverloadedError
+from genembed.serve.live import ClosedError, DeadlineError, OverloadedError
 
 
 class Failure(Exception):  # noqa: N818 - most of them are the client's
@@ -56,6 +59,8 @@ def failure_of(error: Exception) -> Failure:
         return Failure(429, str(error), code="rate_limit_exceeded", retry_after=error.retry_after)
     if isinstance(error, ClosedError):
         return Failure(503, str(error), code="shutting_down", retry_after=1)
+    if isinstance(error, DeadlineError):
+        return Failure(503, str(error), code="deadline_exceeded", retry_after=1)
     if isinstance(error, ValidationError):
         return _invalid(error)
     if isinstance(error, (InputError, ConfigurationError, TypeError)):
@@ -70,5 +75,11 @@ def failure_of(error: Exception) -> Failure:
 def _invalid(error: ValidationError) -> Failure:
     first = error.errors(include_url=False, include_context=False)[0]
     where = ".".join(str(part) for part in first["loc"][:1])
-    value = f"{first['input']!r:.80}"
+    value = f"{reprlib.repr(first['input']):.80}"  # the input may be nested as deeply as a parser allows
     return Failure(400, f"{where or 'the request'}: {first['msg']}; got {value}.", code="invalid_value", param=where or None)
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return JSON; NumPy arrays become lists of numbers."""
+    content = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(content, status, media_type="application/json", headers=headers)

@@ -13,8 +13,8 @@ class Limits:
 
     batch_tokens: int = 16_384
     """Positions, prompt and generated, whose keys and values the decode batch may hold: how many texts are under way follows from it."""
-    queue_tokens: int = 65_536
-    """Prompt tokens that may wait; more are refused with 429 and a time to come back."""
+    queue_tokens: int = 262_144
+    """Prompt tokens that may wait; more are refused with 429 and a time to come back, or at once in one request with 400."""
     concurrent_requests: int = 512
     """Requests that may be open."""
     client_batch: int = 2_048

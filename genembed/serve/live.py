@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import replace
 
-import numpy as np
 import torch
-from jaxtyping import Float
 
 from genembed.decode import DecodeBatch, Job, Refined
 from genembed.embedder import Embedder
-from genembed.errors import GenembedError, NonFiniteError
+from genembed.errors import GenembedError, InputError, NonFiniteError
+from genembed.serve.queueing import Answer, FairQueue, Ticket
 from genembed.serve.terms import Terms, TermsOfRows
 from genembed.tokens import TokenIds
 
 IDLE_SECONDS = 0.5
 """Between two signs of life of an engine without work."""
+log = logging.getLogger("genembed.serve")
+
 _RATE_SECONDS = 10.0
 """Over which the rate behind `retry_after` is measured."""
 
@@ -39,29 +41,8 @@ class ClosedError(GenembedError):
     """The server is draining, or has stopped."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One embedded text."""
-
-    vector: Float[np.ndarray, "hidden"]
-    """Unit vector, float32."""
-    steps: int
-    """Refinement steps done."""
-    complete: bool
-    """Whether the halting rule ended it, and not the deadline."""
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A text on its way."""
-
-    prompt: TokenIds
-    terms: Terms
-    answer: Future[Answer] = field(default_factory=Future)
-    alone: bool = False
-    """Whether it was in a batch that failed, and is tried by itself now."""
-    left: bool = False
-    """Whether nobody waits for it any more."""
+class DeadlineError(GenembedError):
+    """The deadline of a text passed while it waited for a place."""
 
 
 class LiveEngine:
@@ -74,27 +55,27 @@ class LiveEngine:
         max_steps: The most steps a text may ask for.
     """
 
-    def __init__(self, embedder: Embedder, *, max_rows: int = 64, max_queue_tokens: int = 65_536, max_steps: int = 20) -> None:
+    def __init__(self, embedder: Embedder, *, max_rows: int = 64, max_queue_tokens: int = 262_144, max_steps: int = 20) -> None:
         self.backbone = embedder.backbone
         self.max_rows = max_rows if embedder.backbone.packable else 1
         self.max_queue_tokens = max_queue_tokens
         self.max_steps = max_steps
-        self.queued_tokens = 0
         self.answered = self.steps_done = 0
         self.last_sign = time.monotonic()
         self._capacity = embedder.settings.max_length + max_steps
         self._kept = embedder.engine.kept
-        self._budget = embedder.engine.budget
+        # Somebody waits for every text: who has halted, or whose client has left, is seen after every step, on any device.
+        self._budget = replace(embedder.engine.budget, check_every=1)
         first_step = int(embedder.settings.pooling.needs_steps)
         self._terms = TermsOfRows(self.max_rows, max_steps=max_steps, first_step=first_step, device=self.backbone.device)
-        self._queue: deque[Ticket] = deque()
+        self._queue = FairQueue()
         self._leaving: deque[Ticket] = deque()
         self._rows: dict[int, Ticket] = {}
         self._prompts: dict[int, TokenIds] = {}
         self._entering: list[int] = []
         self._finished: deque[tuple[float, int]] = deque()
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing = self._stopped = False
         self._batch = self._new_batch()
         self._thread = threading.Thread(target=self._run, name="genembed-engine", daemon=True)
         self._thread.start()
@@ -103,23 +84,30 @@ class LiveEngine:
         """Queue the texts of a request, all of them or none.
 
         Raises:
+            InputError: If they would not even fit into an empty queue.
             OverloadedError: If they would not fit into the queue now.
-            ClosedError: If the engine is closing.
+            ClosedError: If the engine is closing, or has stopped.
         """
         tickets = [Ticket(prompt, own) for prompt, own in zip(prompts, terms, strict=True)]
         tokens = sum(len(prompt) for prompt in prompts)
+        if tokens > self.max_queue_tokens:
+            raise InputError(f"the {tokens} tokens of this request do not fit into a queue of {self.max_queue_tokens}; send several.")
         with self._changed:
             if self._closing or not self._thread.is_alive():
                 raise ClosedError("the server is shutting down and takes no new texts.")
-            if self.queued_tokens and self.queued_tokens + tokens > self.max_queue_tokens:
+            if self.queued_tokens + tokens > self.max_queue_tokens:
                 raise OverloadedError(
                     f"{self.queued_tokens} tokens are waiting, and {tokens} more do not fit into a queue of {self.max_queue_tokens}.",
                     retry_after=self._retry_after(),
                 )
-            self.queued_tokens += tokens
-            self._queue.extend(tickets)
+            self._queue.add(tickets)
             self._changed.notify()
         return tickets
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens that wait."""
+        return self._queue.tokens
 
     def leave(self, tickets: Sequence[Ticket]) -> None:
         """Give texts up: those that wait are never read, those under way leave after the next step."""
@@ -135,10 +123,16 @@ class LiveEngine:
         self._thread.join(grace)
         done = not self._thread.is_alive()
         with self._changed:
-            unanswered = [*self._queue, *self._rows.values()]
+            self._stopped = True
+        return not self._give_up(ClosedError("the server was stopped before this text was embedded.")) and done
+
+    def _give_up(self, error: Exception) -> int:
+        """Fail all texts that are unanswered, and return their number."""
+        with self._changed:
+            unanswered = [*self._queue.everything(), *self._rows.values()]
         for ticket in unanswered:
-            _fail(ticket, ClosedError("the server was stopped before this text was embedded."))
-        return done and not unanswered
+            _fail(ticket, error)
+        return len(unanswered)
 
     @property
     def under_way(self) -> int:
@@ -159,17 +153,27 @@ class LiveEngine:
         return DecodeBatch(self.backbone, self._budget, job, max_rows=self.max_rows, capacity=self._capacity, kept=self._kept)
 
     def _run(self) -> None:
-        while self._wait():
-            self._admit()
-            if not self._rows:
-                continue  # all that waited had left
-            try:
-                refined = self._batch.turn(self._entering)
-            except Exception as error:  # noqa: BLE001 - whatever goes wrong with one text must not end the service for the others
-                self._recover(error)
-            else:
-                self._answer(refined)
-            self.last_sign = time.monotonic()
+        try:
+            while self._wait():
+                self._turn()
+        except BaseException as error:
+            log.critical("the engine has stopped", exc_info=error)
+            with self._changed:
+                self._closing = True
+            self._give_up(error if isinstance(error, Exception) else ClosedError("the engine has stopped."))
+
+    def _turn(self) -> None:
+        """Refine all texts under way by one step."""
+        self._admit()
+        if not self._rows:
+            return  # all that waited had left
+        try:
+            refined = self._batch.turn(self._entering)
+        except Exception as error:  # noqa: BLE001 - whatever goes wrong with one text must not end the service for the others
+            self._recover(error)
+        else:
+            self._answer(refined)
+        self.last_sign = time.monotonic()
 
     def _wait(self) -> bool:
         """Wait for work, and return False when there is none and will be none."""
@@ -179,7 +183,7 @@ class LiveEngine:
                     return False
                 self._changed.wait(IDLE_SECONDS)
                 self.last_sign = time.monotonic()
-        return True
+        return not self._stopped
 
     def _admit(self) -> None:
         """Give waiting texts the free places, and let those go that nobody waits for."""
@@ -187,10 +191,11 @@ class LiveEngine:
             if self._leaving:
                 self._let_go()
             free = [place for place in range(self.max_rows) if place not in self._rows]
-            while self._queue and free and self._may_enter(self._queue[0]):
-                ticket = self._queue.popleft()
-                self.queued_tokens -= len(ticket.prompt)
-                self._enter(free.pop(0), ticket)
+            while self._queue and free and self._may_enter(self._queue.first()):
+                self._enter(free.pop(0), self._queue.take())
+            late = self._queue.drop_late(time.monotonic())
+        for ticket in late:
+            _fail(ticket, DeadlineError("the deadline passed while the text waited for a place; no step of it was done."))
 
     def _let_go(self) -> None:
         while self._leaving:
@@ -198,9 +203,7 @@ class LiveEngine:
         for place, ticket in self._rows.items():
             if ticket.left:
                 self._terms.release(place)
-        for ticket in [ticket for ticket in self._queue if ticket.left]:
-            self._queue.remove(ticket)
-            self.queued_tokens -= len(ticket.prompt)
+        for ticket in self._queue.drop(lambda ticket: ticket.left):
             ticket.answer.cancel()
 
     def _may_enter(self, ticket: Ticket) -> bool:
@@ -208,8 +211,8 @@ class LiveEngine:
         return not self._rows if ticket.alone else not any(other.alone for other in self._rows.values())
 
     def _enter(self, place: int, ticket: Ticket) -> None:
-        self._terms.promise(place, ticket.terms)
         self._rows[place], self._prompts[place] = ticket, ticket.prompt
+        self._terms.promise(place, ticket.terms)
         self._entering.insert(0, place)
 
     def _answer(self, refined: Refined | None) -> None:
@@ -234,19 +237,20 @@ class LiveEngine:
 
     def _recover(self, error: Exception) -> None:
         """After an error begin a new batch: a text that was by itself is at fault, several are tried again one by one."""
+        self._batch = self._new_batch()  # before the texts are taken out: if it fails, they are still known
         tickets = list(self._rows.values())
         self._rows.clear()
         self._prompts.clear()
         self._entering.clear()
-        self._batch = self._new_batch()
         if len(tickets) == 1:
             _fail(tickets[0], error)
             return
+        for ticket in tickets:
+            ticket.alone = True
+            if ticket.left:
+                ticket.answer.cancel()
         with self._changed:
-            for ticket in tickets:
-                ticket.alone = True
-                self.queued_tokens += len(ticket.prompt)
-            self._queue.extendleft(reversed(tickets))
+            self._queue.put_first([ticket for ticket in tickets if not ticket.left])
 
 
 def _fail(ticket: Ticket, error: Exception) -> None:

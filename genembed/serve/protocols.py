@@ -7,9 +7,10 @@ import uuid
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import Response
+from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, WithJsonSchema
 
-from genembed.serve.failures import Failure
+from genembed.serve.failures import Failure, json_response
 from genembed.serve.service import Embedded, Service, Wish
 
 TOKEN_ARRAYS = (
@@ -17,7 +18,34 @@ TOKEN_ARRAYS = (
     "OpenAIEmbeddings(check_embedding_ctx_length=False)."
 )
 
-Texts = str | list[str]
+
+def _texts(given: Any) -> list[str]:
+    """Return texts, up to the first thing that is none: millions of them would make millions of errors."""
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, list):
+        raise ValueError("a text or a list of texts is needed")
+    wrong = next((place for place, one in enumerate(given) if not isinstance(one, str)), None)
+    if wrong is None:
+        return given
+    if isinstance(given[wrong], (int, list)) and not isinstance(given[wrong], bool):
+        raise Failure(400, TOKEN_ARRAYS, code="invalid_input", param="input")
+    raise ValueError(f"entry {wrong} is no text")
+
+
+def _plain(given: Any) -> dict[str, Any]:
+    """Return a rule's fields, if they are few and plain."""
+    if isinstance(given, dict) and len(given) <= _FIELDS and all(isinstance(one, (str, int, float)) for one in given.values()):
+        return given
+    raise ValueError("a halting rule is an object of plain values, as {'rule': 'ConvergeStop', 'threshold': 0.998}")
+
+
+_FIELDS = 8
+_TEXTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+
+Texts = Annotated[list[str], PlainValidator(_texts), WithJsonSchema(_TEXTS)]
+Halt = Annotated[dict[str, Any], PlainValidator(_plain), WithJsonSchema({"type": "object", "maxProperties": _FIELDS})]
+Kinds = Annotated[list[Literal["float", "base64"]], FailFast(), Field(min_length=1)]
 Steps = Annotated[int, Field(ge=0, strict=True)]
 
 
@@ -30,7 +58,7 @@ class Request(BaseModel):
 class OpenAIRequest(Request):
     """POST /v1/embeddings: OpenAI's fields, and what a generative model can be asked beside them."""
 
-    input: Texts | list[int] | list[list[int]]
+    input: Texts
     model: str
     dimensions: int | None = None
     encoding_format: Literal["float", "base64"] = "float"
@@ -40,7 +68,7 @@ class OpenAIRequest(Request):
     prompt_name: str | None = None
     instruction: str | None = None
     steps: Steps | None = None
-    halt: dict[str, Any] | None = None
+    halt: Halt | None = None
     deadline_ms: float | None = None
     truncate: Literal["right", "error"] = "error"
 
@@ -62,7 +90,7 @@ class OpenAIRequest(Request):
             deadline_ms=self.deadline_ms,
             truncate=self.truncate,
         )
-        done = await service.embed(texts_of(self.input), wish)
+        done = await service.embed(self.input, wish)
         return {
             "object": "list",
             "data": [
@@ -79,14 +107,14 @@ class CohereRequest(Request):
     """POST /v2/embed."""
 
     model: str
-    texts: list[str]
+    texts: Texts
     input_type: str
-    embedding_types: list[Literal["float", "base64"]] = ["float"]
+    embedding_types: Kinds = ["float"]
     output_dimension: int | None = None
     truncate: Literal["NONE", "START", "END"] = "END"
     max_tokens: int | None = None
     steps: Steps | None = None
-    halt: dict[str, Any] | None = None
+    halt: Halt | None = None
     deadline_ms: float | None = None
 
     async def answer(self, service: Service) -> dict[str, Any]:
@@ -113,33 +141,24 @@ class CohereRequest(Request):
 class TeiRequest(Request):
     """POST /embed."""
 
-    inputs: Texts | list[int] | list[list[int]]
+    inputs: Texts
     truncate: bool = False
     truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"
     prompt_name: str | None = None
     normalize: bool = True
     dimensions: int | None = None
 
-    async def answer(self, service: Service) -> np.ndarray:
-        """Embed, and answer with the bare vectors."""
+    async def answer(self, service: Service) -> Response:
+        """Embed, and answer with the bare vectors, for which the client has no room beside; totals are in headers."""
         check_dimensions(self.dimensions, service, "dimensions")
         if not self.normalize:
             raise Failure(422, "normalize=false: vectors are sums of states made unit length; there is no other length to give.")
         if self.truncate and self.truncation_direction.lower() == "left":
             raise Failure(422, "truncation_direction='Left': texts are cut at their end alone.")
         wish = Wish(purpose=self.prompt_name, truncate="right" if self.truncate else "error")
-        done: Embedded = await service.embed(texts_of(self.inputs), wish)
-        return done.vectors
-
-
-def texts_of(given: Texts | list[int] | list[list[int]]) -> list[str]:
-    """Return the texts of a request; token ids are refused, with the setting of the client that sends them."""
-    if isinstance(given, str):
-        return [given]
-    texts = [one for one in given if isinstance(one, str)]
-    if len(texts) != len(given):
-        raise Failure(400, TOKEN_ARRAYS, code="invalid_input", param="input")
-    return texts
+        done: Embedded = await service.embed(self.inputs, wish)
+        headers = {"X-Steps": str(sum(done.steps)), "X-Truncated": str(sum(done.truncated)), "X-Tokens": str(done.tokens)}
+        return json_response(done.vectors, headers=headers)
 
 
 def check_dimensions(dimensions: int | None, service: Service, name: str) -> None:

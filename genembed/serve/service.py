@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from genembed.halting import ConvergeStop, FixedSteps, rule_from_json
 from genembed.serve.failures import Failure, failure_of
 from genembed.serve.limits import Limits
 from genembed.serve.live import ClosedError, LiveEngine, OverloadedError
+from genembed.serve.queueing import Ticket
 from genembed.serve.terms import Terms
 from genembed.tokens import Tokenised
 
@@ -115,7 +117,7 @@ class Service:
             raise
         except Exception as error:
             self.live.leave(tickets)
-            raise failure_of(error) from error
+            raise _named(failure_of(error), tickets, error) from error
         return Embedded(
             np.stack([answer.vector for answer in answers]),
             [answer.steps for answer in answers],
@@ -133,7 +135,7 @@ class Service:
             async with asyncio.timeout(SILENT_SECONDS):
                 await self.embed([_PROBE], probe)
         except TimeoutError:
-            return False
+            return time.monotonic() - self.live.last_sign <= SILENT_SECONDS  # others are served meanwhile
         except Failure as failure:
             return isinstance(failure.__cause__, OverloadedError)  # busy is not broken
         return True
@@ -159,7 +161,7 @@ class Service:
         """Finish what was accepted; tell whether all of it was. Closed once more, it gives up what is left."""
         grace, self._closed = 0.0 if self._closed else grace, True
         done = self.live.close(grace=grace)
-        self._tokenising.shutdown(wait=False, cancel_futures=True)
+        self._tokenising.shutdown(wait=False)  # texts that are read now are told that the server is shutting down
         return done
 
     def _check(self, texts: Sequence[str]) -> None:
@@ -211,3 +213,12 @@ class Service:
             most = self.embedder.settings.max_length
             raise InputError(f"text {row} does not fit into the model's {most} tokens; shorten it, or allow truncate='right'.", row=row)
         return tokenised
+
+
+def _named(failure: Failure, tickets: Sequence[Ticket], error: Exception) -> Failure:
+    """Say which text of a request is at fault."""
+    done = ((row, ticket.answer) for row, ticket in enumerate(tickets) if ticket.answer.done() and not ticket.answer.cancelled())
+    row = next((row for row, answer in done if answer.exception() is error), None)
+    if row is not None and len(tickets) > 1 and failure.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+        failure.message = f"text {row}: {failure.message}"
+    return failure

@@ -30,6 +30,11 @@ class Terms:
         if self.rule.window > MAX_PATIENCE:
             raise ConfigurationError(f"patience={self.rule.window}: at most {MAX_PATIENCE} stable steps in a row can be asked for here.")
 
+    @property
+    def has_deadline(self) -> bool:
+        """Whether there is a time after which any vector will do."""
+        return self.deadline < math.inf
+
     def halted(self, steps: int, stability: Float[Tensor, "steps_minus_1"]) -> bool:
         """Tell whether the rule itself ended a text after `steps`, of which `stability` has s_2 .. s_K."""
         if steps >= self.rule.max_steps:

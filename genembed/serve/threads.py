@@ -20,12 +20,16 @@ class PassingThreads(Generic[Made]):
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._turn = threading.Lock()
+        self._turn, self._counting = threading.Lock(), threading.Lock()
         self._closed = False
+        self.under_way = 0
+        """Pieces of work that are not done, those that wait included."""
 
     def submit(self, work: Callable[[], Made]) -> Future[Made]:
-        """Run some work after what was given before; cancelled before its turn, it is never begun."""
+        """Run some work when no other is; cancelled before its turn, it is never begun."""
         done: Future[Made] = Future()
+        with self._counting:
+            self.under_way += 1
         threading.Thread(target=self._run, args=(work, done), name=self._name, daemon=True).start()
         return done
 
@@ -34,12 +38,14 @@ class PassingThreads(Generic[Made]):
         self._closed = True
 
     def _run(self, work: Callable[[], Made], done: Future[Made]) -> None:
-        with self._turn:
-            if self._closed:
-                done.cancel()
-            if not done.set_running_or_notify_cancel():
-                return
-            try:
-                done.set_result(work())
-            except BaseException as error:  # noqa: BLE001 - whoever waits for the result gets it
-                done.set_exception(error)
+        try:
+            with self._turn:
+                if self._closed:
+                    done.cancel()
+                if done.set_running_or_notify_cancel():
+                    done.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - whoever waits for the result gets it
+            done.set_exception(error)
+        finally:
+            with self._counting:
+                self.under_way -= 1

@@ -1,0 +1,114 @@
+"""Texts that wait for a place, one of each request in turn."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float
+
+from genembed.serve.terms import Terms
+from genembed.tokens import TokenIds
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One embedded text."""
+
+    vector: Float[np.ndarray, "hidden"]
+    """Unit vector, float32."""
+    steps: int
+    """Refinement steps done."""
+    complete: bool
+    """Whether the halting rule ended it, and not the deadline."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A text on its way."""
+
+    prompt: TokenIds
+    terms: Terms
+    answer: Future[Answer] = field(default_factory=Future)
+    alone: bool = False
+    """Whether it was in a batch that failed, and is tried by itself now."""
+    left: bool = False
+    """Whether nobody waits for it any more."""
+    waits: bool = False
+    """Whether it is in the queue."""
+
+
+class FairQueue:
+    """Texts of several requests, taken one of each in turn: a short request is not held by a long one before it."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        """Prompt tokens that wait."""
+        self._requests: deque[deque[Ticket]] = deque()
+        self._deadlines: list[tuple[float, int, Ticket]] = []
+        self._numbers = itertools.count()
+
+    def __bool__(self) -> bool:
+        """Tell whether a text waits."""
+        return bool(self._requests)
+
+    def add(self, request: Sequence[Ticket]) -> None:
+        """Let the texts of a request wait, behind those of the others."""
+        self._requests.append(deque(request))
+        for ticket in request:
+            self._note(ticket)
+
+    def put_first(self, tickets: Sequence[Ticket]) -> None:
+        """Let texts wait before all others, in this order."""
+        self._requests.extendleft(deque([ticket]) for ticket in reversed(tickets))
+        for ticket in tickets:
+            self._note(ticket)
+
+    def first(self) -> Ticket:
+        """Return the text whose turn it is."""
+        return self._requests[0][0]
+
+    def take(self) -> Ticket:
+        """Take out the text whose turn it is; its request goes behind the others."""
+        request = self._requests.popleft()
+        ticket = request.popleft()
+        if request:
+            self._requests.append(request)
+        self._forget(ticket)
+        return ticket
+
+    def drop(self, unwanted: Callable[[Ticket], bool]) -> list[Ticket]:
+        """Take out all texts of a kind."""
+        dropped = [ticket for request in self._requests for ticket in request if unwanted(ticket)]
+        if dropped:
+            kept = (deque(ticket for ticket in request if not unwanted(ticket)) for request in self._requests)
+            self._requests = deque(request for request in kept if request)
+            self._forget(*dropped)
+        return dropped
+
+    def drop_late(self, now: float) -> list[Ticket]:
+        """Take out the texts whose deadline has passed."""
+        late = False
+        while self._deadlines and self._deadlines[0][0] <= now:
+            late |= heapq.heappop(self._deadlines)[2].waits
+        return self.drop(lambda ticket: ticket.terms.deadline <= now) if late else []
+
+    def everything(self) -> Iterable[Ticket]:
+        """Return all texts that wait."""
+        return [ticket for request in self._requests for ticket in request]
+
+    def _note(self, ticket: Ticket) -> None:
+        ticket.waits = True
+        self.tokens += len(ticket.prompt)
+        if ticket.terms.has_deadline:
+            heapq.heappush(self._deadlines, (ticket.terms.deadline, next(self._numbers), ticket))
+
+    def _forget(self, *tickets: Ticket) -> None:
+        for ticket in tickets:
+            ticket.waits = False
+            self.tokens -= len(ticket.prompt)
