@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import bs4
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,9 +19,20 @@ from hypothesis import strategies as st
 
 import doubles
 import genembed.index
-from genembed import CheckpointError, ConfigurationError, Embedder, FixedSteps, InputError, MissingExtraError, ModelSettings, load
+from genembed import (
+    CheckpointError,
+    ConfigurationError,
+    Embedder,
+    FixedSteps,
+    GenembedWarning,
+    InputError,
+    MissingExtraError,
+    ModelSettings,
+    load,
+)
 from genembed.index import Index, Passage, fingerprint, read_passages
 from genembed.index.chunks import split_prose
+from genembed.index.html import html_paragraphs
 from genembed.index.passages import beginning_of
 
 TEXTS = ["a stitch in time", "the language of models", "business trips", "fasting glucose", ""]
@@ -122,6 +136,37 @@ def test_changed_weights_and_changed_settings_change_the_fingerprint(
     weights = folder / "soft_token_head.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert fingerprint(load(folder)) != known
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_changed_configuration_and_a_changed_tokenizer_change_the_fingerprint(
+    folder_of: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    folder = shutil.copytree(folder_of("bert"), tmp_path / "bert")
+    embedder = load(folder)
+    index = Index.build(tmp_path / "x", embedder, PASSAGES[:1], halt=FixedSteps(1))
+    (folder / name).write_text((folder / name).read_text() + " ")
+    with pytest.raises(ConfigurationError, match="as its weights, tokenizer and settings are now"):
+        index.check(embedder)
+
+
+def test_the_configuration_of_an_adapter_changes_the_fingerprint(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    adapter = doubles.save_adapter(folder_of("qwen2"), tmp_path / "adapter")
+    embedder = load(folder_of("qwen2"), adapter=adapter)
+    known = fingerprint(embedder)
+    assert known != fingerprint(load(folder_of("qwen2")))
+    (adapter / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text() + " ")
+    assert fingerprint(embedder) != known
+
+
+def test_an_index_of_before_tokenizers_were_hashed_is_compared_by_weights_and_settings(
+    built: Index, bert: Embedder, embedder_of: Callable[..., Embedder]
+) -> None:
+    old = Index(built.folder, replace(built.description, fingerprint=genembed.index.description._weights_fingerprint(bert)), built._table)
+    assert old.description.fingerprint != built.description.fingerprint
+    old.check(bert)
+    with pytest.raises(ConfigurationError, match="made by the model"):
+        old.check(embedder_of("qwen2"))
 
 
 @pytest.mark.parametrize(("vector", "k", "message"), [(np.ones(32), 0, "k=0: at least one hit"), (np.ones(31), 1, r"shape \(31,\)")])
@@ -246,6 +291,80 @@ def test_unreadable_files_of_a_folder_are_left_out_with_a_warning_and_refused_by
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigurationError, match=r"no text, web page or source code in this folder or below it \(\.txt, \.md"):
         list(read_passages([tmp_path / "empty"]))
+
+
+@pytest.mark.parametrize(
+    ("page", "reason"),
+    [
+        (b"<meta charset=undefined><p>x", "page: is not undefined"),
+        (b"<meta charset=idna><p>x.xn--\x80.y", "page: is not idna"),
+        (b"<meta charset=idna><p>x.xn--abc.", "page: is not idna"),
+        (b'<meta charset="a\0b"><p>x', "page: is not a\0b"),
+        (b"<meta charset=unicode_escape><p>\\ud800", "page: is not unicode_escape.* surrogates"),
+    ],
+)
+def test_a_web_page_that_cannot_be_read_is_left_out_of_its_folder(tmp_path: Path, page: bytes, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        list(html_paragraphs(page, "page"))
+    (tmp_path / "a.html").write_bytes(page)
+    (tmp_path / "b.html").write_bytes(b"<p>fine")
+    with pytest.warns(GenembedWarning, match=r"1 of 2 files below .* were left out; the first: .*a\.html: is "):
+        assert [passage.text for passage in read_passages([tmp_path])] == ["fine"]
+
+
+@pytest.mark.parametrize("page", [b"<p>x<![foo bar", b"<p>&#" + 5000 * b"1" + b";"])
+@pytest.mark.filterwarnings("ignore:1 of 2 files")  # whether the parser gives up on them depends on Python's version
+def test_markup_that_is_no_markup_does_not_end_the_reading_of_its_folder(tmp_path: Path, page: bytes) -> None:
+    (tmp_path / "a.html").write_bytes(page)
+    (tmp_path / "b.html").write_bytes(b"<p>fine")
+    assert [passage.text for passage in read_passages([tmp_path])][-1] == "fine"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(bs4.ParserRejectedMarkup(AssertionError("unknown keyword")), "unknown keyword"), (ValueError("5000 digits"), "5000 digits")],
+)
+def test_markup_that_the_parser_gives_up_on_is_the_files_fault(monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str) -> None:
+    def rejecting(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(bs4, "BeautifulSoup", rejecting)
+    with pytest.raises(InputError, match=f"^page: is markup that cannot be read as a web page: {reason}; mend it, or leave the file out"):
+        list(html_paragraphs(b"<p>x", "page"))
+
+
+@pytest.mark.parametrize("declared", ["utf-16", "UTF-16LE", "utf-32", "cp037"])
+def test_a_page_that_declares_in_ascii_what_is_no_ascii_is_read_as_utf8(declared: str) -> None:
+    page = f"<meta charset={declared}><p>caf\u00e9s"  # of either length: UTF-16 would take the even one silently
+    for text in (page, page + "!"):
+        assert [found for _, found in html_paragraphs(text.encode(), "page")] == [text.rpartition(">")[2]]
+    assert [found for _, found in html_paragraphs(f'<?xml version="1.0" encoding="{declared}"?><p>x'.encode(), "page")] == ["x"]
+    assert [found for _, found in html_paragraphs(b"\xff\xfe" + page.encode("utf-16-le"), "page")] == ["caf\u00e9s"]
+
+
+def test_a_folder_that_cannot_be_listed_is_said_to_be_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.md").write_text("fine")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.md").write_text("hidden")
+    unread: list[str] = []
+    close_folder(monkeypatch, tmp_path / "sub")
+    with pytest.warns(GenembedWarning, match=r"1 folders below .* were left out; the first: .*sub: cannot be listed: Permission denied"):
+        assert [passage.text for passage in read_passages([tmp_path], unread=unread)] == ["fine"]
+    assert unread == [str(tmp_path / "sub")]
+    with pytest.raises(ConfigurationError, match=r"sub: nothing to index was found: .*sub: cannot be listed: Permission denied; make it"):
+        list(read_passages([tmp_path / "sub"]))
+
+
+def close_folder(monkeypatch: pytest.MonkeyPatch, closed: Path) -> None:
+    """Refuse to list a folder, as its mode would if the tests did not run as root."""
+    scandir = os.scandir
+
+    def refusing(place: str | Path) -> object:
+        if Path(place) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refusing)
 
 
 def test_prose_is_cut_at_empty_lines_when_two_hundred_words_are_full() -> None:

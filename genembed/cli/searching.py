@@ -206,12 +206,14 @@ def _update(
         raise ConfigurationError(
             f"--instruction {refining.instruction!r}: the texts of {output} were embedded under {made.instruction!r}; leave it out."
         )
-    passages = list(with_bar(read_passages(paths, **asdict(reading), metadata=metadata), "reading"))
+    unread: list[str] = []
+    passages = list(with_bar(read_passages(paths, **asdict(reading), metadata=metadata, unread=unread), "reading"))
     embedder = loading.load(model or made.model, adapter=made.adapter, preset=made.model_settings)
     done = changed.update(
         embedder,
         passages,
         prune=paths if changing.prune else (),
+        unread=unread,
         halt=refining.rule(embedder.settings),
         truncate=refining.truncate,
         ann=ann,

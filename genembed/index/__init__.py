@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from genembed.embedder import Embedder
-from genembed.errors import ConfigurationError, TextError
+from genembed.errors import ConfigurationError, GenembedWarning, TextError
 from genembed.files import make_durable, replacing_folder
 from genembed.halting import HaltingRule
 from genembed.index import table as tables
@@ -27,6 +28,7 @@ from genembed.index.description import (
     check_target,
     damaged,
     fingerprint,
+    is_fingerprint,
     origin,
     passages_hash,
     read_description,
@@ -111,17 +113,18 @@ class Index:
             halt: When a text is finished; the model's own rule if None.
             truncate: Cut texts that are too long from the right, or refuse them (`error`).
             ann: Make an approximate index of the vectors as well, for many texts; its recall is measured and noted.
-            overwrite: Replace the index that is there.
+            overwrite: Replace the index that is there; nobody else may be changing it.
             show_progress_bar: Show a bar on stderr when the work takes more than a second.
 
         Raises:
-            ConfigurationError: If the folder is taken or cannot be written.
+            ConfigurationError: If the folder is taken or cannot be written, or somebody else changes the index that is there.
             InputError: If a text cannot be embedded, with its row, or a column of metadata is not of one type.
         """
         settings = embedder.settings
         instruction = settings.document_instruction if instruction is None else instruction
-        check_target(Path(folder), overwrite=overwrite)
-        with replacing_folder(Path(folder)) as temporary:
+        folder = Path(folder)
+        check_target(folder, overwrite=overwrite)
+        with tables.alone(folder), replacing_folder(folder) as temporary:
             begin = time.perf_counter()
             with _naming(passages):
                 done = embedder.refine(
@@ -171,12 +174,12 @@ class Index:
         Raises:
             ConfigurationError: With both names and the way out.
         """
-        if fingerprint(embedder) != self.description.fingerprint:
+        if not is_fingerprint(self.description.fingerprint, embedder):
             other = f"{absolute(embedder.source.name)!r} ({embedder.get_embedding_dimension()} dimensions)"
             raise ConfigurationError(
                 f"{self.folder}: made by the model {self.description.model!r} ({self.description.dimensions} dimensions); those of "
-                f"{other}, as its weights and settings are now, do not compare with its own: search with the model that made it, or "
-                "build the index again with --overwrite."
+                f"{other}, as its weights, tokenizer and settings are now, do not compare with its own: search with the model that made "
+                "it, or build the index again with --overwrite."
             )
 
     def update(
@@ -185,6 +188,7 @@ class Index:
         passages: Sequence[Passage],
         *,
         prune: Sequence[str | Path] = (),
+        unread: Sequence[str | Path] = (),
         halt: HaltingRule | None = None,
         truncate: Literal["right", "error"] = "right",
         ann: bool = False,
@@ -198,6 +202,7 @@ class Index:
             embedder: The model that made the index.
             passages: What the index has to hold.
             prune: Files and folders; passages of theirs that are not among `passages` are removed. Otherwise nothing is removed.
+            unread: Files and folders that could not be read, as `read_passages` notes them; their passages stay, with a warning.
             halt: When a text is finished; must be the rule of the others; the model's own rule if None.
             truncate: Cut texts that are too long from the right, or refuse them (`error`).
             ann: Make an approximate index of the vectors. One that is there is brought up to date in any case.
@@ -213,7 +218,7 @@ class Index:
             self._check_rule(embedder.settings.halt if halt is None else halt)
             types = tables.metadata_types(self._table)
             stored = tables.read_columns(self._table, [*SHOWN_COLUMNS, *types]).to_pydict()
-            plan = plan_update(stored, passages, metadata=list(types), prune=map(str, prune))
+            plan = plan_update(stored, passages, metadata=list(types), prune=map(str, prune), unread=map(str, unread))
             new = [passages[number] for number in plan.embed]
             begin = time.perf_counter()
             with _naming(new):
@@ -231,6 +236,7 @@ class Index:
                     *kept_rows(self._table, plan, passages, types),
                 ]
                 self._change([*plan.moved.values(), *plan.gone], [part for part in rows if len(part)], seconds=seconds, ann=ann)
+        _warn_of_kept(self.folder, len(plan.kept))
         return Changes(
             embedded=len(new),
             copied=len(plan.copied),
@@ -342,6 +348,7 @@ class Index:
 
     def _change(self, remove: Sequence[int], add: Sequence[Any], *, seconds: float, ann: bool) -> None:
         """Write a later version of the table, and then the description that makes it the index."""
+        self._check_changeable()  # the folder may be another one since, and nothing is to be written into that
         before = self.description
         with tables.changing(self.folder):
             table = tables.writable_table(self.folder, before.version)
@@ -368,6 +375,16 @@ def _naming(passages: Sequence[Passage]) -> Iterator[None]:
     except TextError as error:
         where = "" if error.row is None else f"{passages[error.row].reference}: "
         raise type(error)(f"{where}{error}", row=error.row) from error
+
+
+def _warn_of_kept(folder: Path, rows: int) -> None:
+    if rows:
+        warnings.warn(
+            f"{folder}: {rows} passages stay and are not pruned, as their files or folders could not be read now; make those "
+            "readable and update again, or remove the passages with --delete.",
+            GenembedWarning,
+            stacklevel=3,
+        )
 
 
 def _check_hits(k: int) -> None:

@@ -18,6 +18,7 @@ from genembed.embedder import Embedder
 from genembed.errors import ConfigurationError, missing_extra
 from genembed.halting import FixedSteps, HaltingRule
 from genembed.index import DESCRIPTION_FILE, Hit, Index, docstring_passage, fingerprint, passages_hash
+from genembed.index.description import is_fingerprint
 from genembed.index.passages import beginning_of
 
 try:
@@ -187,7 +188,8 @@ def _index(embedder: Embedder, documented: Sequence[Docstring], folder: Path | N
     if (folder / DESCRIPTION_FILE).is_file():
         index = Index.open(folder)
         made = index.description
-        if (made.fingerprint, made.passages, made.halt) == (fingerprint(embedder), passages_hash(passages), repr(embedder.settings.halt)):
+        same = (made.passages, made.halt) == (passages_hash(passages), repr(embedder.settings.halt))
+        if same and is_fingerprint(made.fingerprint, embedder):
             return index, True
         if not own:
             raise ConfigurationError(

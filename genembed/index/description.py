@@ -14,7 +14,7 @@ from genembed.errors import CheckpointError, ConfigurationError
 from genembed.files import replacing
 from genembed.index.passages import Passage
 from genembed.settings import ModelSettings
-from genembed.source import BUILTIN, Source
+from genembed.source import ADAPTER_CONFIG, BUILTIN, Source, sha256
 
 DESCRIPTION_FILE = "genembed-index.json"
 FORMAT_VERSION = 1
@@ -23,6 +23,11 @@ FORMAT_VERSION = 1
 _SAMPLE_BYTES = 1 << 20
 """Bytes at either end of a weight file that its fingerprint reads: training changes every part of a file, and a base model
 may be too large to be read whole for each search."""
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+"""What a tokenizer may be made of; those that are there are read whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +56,7 @@ class Description:
     instruction: str | None
     """Instruction the texts were embedded under."""
     fingerprint: str
-    """Hash of the model's settings and weights, see `fingerprint`."""
+    """Hash of the model's settings and files, see `fingerprint`."""
     passages: str
     """Hash of references and texts, see `passages_hash`."""
     rows: int
@@ -113,7 +118,25 @@ def damaged(folder: Path, reason: object) -> CheckpointError:
 
 
 def fingerprint(embedder: Embedder) -> str:
-    """Hash what decides a model's vectors: samples of its weight files, and its settings without those that only bring them closer."""
+    """Hash what decides a model's vectors: samples of its weight files, its configuration, its tokenizer, and its settings.
+
+    Settings that only bring the vectors closer, or are for queries alone, are left out.
+    """
+    digest = hashlib.sha256(_weights_fingerprint(embedder).encode())
+    source = embedder.source
+    files = [source.base / "config.json", *([] if source.adapter is None else [source.adapter / ADAPTER_CONFIG])]
+    for path in [*files, *(source.tokenizer / name for name in _TOKENIZER_FILES)]:
+        if path.is_file():
+            digest.update(f"{path.name} {sha256(path)}".encode())
+    return digest.hexdigest()
+
+
+def is_fingerprint(known: str, embedder: Embedder) -> bool:
+    """Whether a fingerprint is this model's; an index of before the other files were hashed has one of weights and settings alone."""
+    return known in (fingerprint(embedder), _weights_fingerprint(embedder))
+
+
+def _weights_fingerprint(embedder: Embedder) -> str:
     free = ("halt", "query_instruction", "parallel_passes")
     settings = {name: value for name, value in embedder.settings.to_json().items() if name not in free}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())

@@ -64,6 +64,7 @@ def read_passages(
     text_column: str | None = None,
     id_column: str | None = None,
     metadata: Sequence[str] = (),
+    unread: list[str] | None = None,
 ) -> Iterator[Passage]:
     """Read the passages of files and folders.
 
@@ -77,19 +78,22 @@ def read_passages(
         text_column: Column of the text in files of rows.
         id_column: Column of the reference in files of rows.
         metadata: Columns of files of rows that are kept for filters.
+        unread: Gets the files and folders that were left out, for `Index.update`; it is complete when the last passage has come.
 
     Raises:
         ConfigurationError: If a path does not exist, a folder has no file of these kinds, or columns are named and no file has any.
-        InputError: If a file's content is not what its name says. In a folder such a file is left out, with a warning.
+        InputError: If a file's content is not what its name says. In a folder such a file is left out, with a warning, and so is a
+            folder in it that cannot be listed.
     """
     check_names(metadata)
+    unread = [] if unread is None else unread
     places = [Path(path) for path in paths]
     of_rows = [path for path in places if not path.is_dir() and (file_format is not None or path.suffix.lower() not in _OF_TEXT)]
     if metadata and not of_rows:
         raise ConfigurationError(f"--metadata {' '.join(metadata)}: only files of rows (jsonl, csv, parquet) have columns; none is named.")
     for path in places:
         if path.is_dir():
-            yield from _folder_passages(path)
+            yield from _folder_passages(path, unread)
         elif path in of_rows:
             yield from _row_passages(path, metadata, file_format=file_format, text_column=text_column, id_column=id_column)
         else:
@@ -126,27 +130,36 @@ def beginning_of(text: str, characters: int = 160) -> str:
     return line if len(line) <= characters else line[: characters - 1].rstrip() + "…"
 
 
-def _folder_passages(folder: Path) -> Iterator[Passage]:
-    skipped: list[str] = []
+def _folder_passages(folder: Path, unread: list[str]) -> Iterator[Passage]:
+    skipped, unlisted = dict[str, str](), dict[str, str]()
     found = 0
-    for path in _files(folder):
+    for path in _files(folder, unlisted):
         found += 1
         try:
             yield from list(_file_passages(path))
         except (InputError, ConfigurationError) as error:
-            skipped.append(str(error))
+            skipped[_shown(path)] = str(error)
+    unread.extend([*skipped, *unlisted])
+    if not found and unlisted:
+        raise ConfigurationError(f"{folder}: nothing to index was found: {next(iter(unlisted.values()))}; make it readable.")
     if not found:
         raise ConfigurationError(
             f"{folder}: no text, web page or source code in this folder or below it ({', '.join(KINDS)}); name the files to be indexed."
         )
-    if skipped:
-        warnings.warn(
-            f"{len(skipped)} of {found} files below {folder} were left out; the first: {skipped[0]}", GenembedWarning, stacklevel=2
-        )
+    for left_out, what in ((skipped, f"{len(skipped)} of {found} files"), (unlisted, f"{len(unlisted)} folders")):
+        if left_out:
+            first = next(iter(left_out.values()))
+            warnings.warn(f"{what} below {folder} were left out; the first: {first}", GenembedWarning, stacklevel=2)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    for where, subfolders, names in os.walk(folder):
+def _files(folder: Path, unlisted: dict[str, str]) -> Iterator[Path]:
+    """Find the files to be read, and note the folders that cannot be listed, with the reason."""
+
+    def note(error: OSError) -> None:
+        place = Path(error.filename or folder)  # a listing that breaks off does not say where
+        unlisted[_shown(place)] = f"{place}: cannot be listed: {error.strerror or error}"
+
+    for where, subfolders, names in os.walk(folder, onerror=note):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__pycache__")))
         for name in sorted(names):
             if Path(name).suffix.lower() in KINDS and not name.startswith("."):

@@ -27,13 +27,22 @@ class Plan:
     """Passages whose text the index has from elsewhere; and a row that has its vector."""
     gone: list[int] = field(default_factory=list)
     """Rows that their source no longer has."""
+    kept: list[int] = field(default_factory=list)
+    """Rows that would be gone, but whose file or folder could not be read, which is no sign of that."""
 
     def __bool__(self) -> bool:
         """Whether there is anything to do."""
         return bool(self.embed or self.moved or self.copied or self.gone)
 
 
-def plan_update(stored: Mapping[str, Sequence[Any]], passages: Sequence[Passage], *, metadata: Sequence[str], prune: Iterable[str]) -> Plan:
+def plan_update(
+    stored: Mapping[str, Sequence[Any]],
+    passages: Sequence[Passage],
+    *,
+    metadata: Sequence[str],
+    prune: Iterable[str],
+    unread: Iterable[str] = (),
+) -> Plan:
     """Compare passages with the rows of an index, by the hash of their text.
 
     A passage is matched with one row: first with one that is the same in everything, then with one of the same file and text,
@@ -44,6 +53,7 @@ def plan_update(stored: Mapping[str, Sequence[Any]], passages: Sequence[Passage]
         passages: What the index has to hold.
         metadata: Columns of the index that were kept beside the texts.
         prune: Files and folders whose other rows are gone.
+        unread: Files and folders of these whose rows are not, as nobody knows what is in them.
     """
     plan, ids = Plan(), stored["_rowid"]
     by_all, by_shown, by_place = (defaultdict[tuple[Any, ...], deque[int]](deque) for _ in range(3))
@@ -68,8 +78,11 @@ def plan_update(stored: Mapping[str, Sequence[Any]], passages: Sequence[Passage]
             plan.copied[number] = ids[by_text[shown[0]]]
         else:
             plan.embed.append(number)
-    scopes = [Path(path) for path in prune]
-    plan.gone.extend(ids[row] for row in sorted(free) if _below(rows[row][1], scopes))
+    scopes, closed = [Path(path) for path in prune], {Path(path) for path in unread}
+    for row in sorted(free):
+        if _below(rows[row][1], scopes):
+            named = Path(rows[row][1])
+            (plan.gone if closed.isdisjoint([named, *named.parents]) else plan.kept).append(ids[row])
     return plan
 
 

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from jaxtyping import Bool, Float, Int
 
 from genembed.errors import ConfigurationError, InputError, missing_extra
-from genembed.index.description import damaged
+from genembed.index.description import DESCRIPTION_FILE, damaged
 from genembed.index.metadata import OWN_COLUMNS
 from genembed.index.passages import Passage
 
@@ -193,11 +193,17 @@ def answering(folder: Path, where: str | None) -> Iterator[None]:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep other processes from changing an index; one that is killed does not.
+    """Keep other processes from changing or replacing an index; one that is killed does not. Where there is none, nothing is done.
+
+    The lock lies in the folder, which may be all that can be written. It is held until a folder that is replaced has been deleted, and
+    the lock with it; whoever opened the index before finds another description then.
 
     Raises:
         ConfigurationError: If another one is changing it, or it cannot be written.
     """
+    if not (folder / DESCRIPTION_FILE).is_file():
+        yield
+        return
     lock = FileLock(folder / _LOCK)
     try:
         lock.acquire(timeout=0)
