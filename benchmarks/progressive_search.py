@@ -1,6 +1,6 @@
 """Progressive search: queries that halt when their ten nearest documents no longer change, beside ConvergeStop and a fixed K.
 
-    python benchmarks/progressive_search.py [--model mini] [--sets scifact fiqa_mini] [--queries 300] [--others 2000] [--out FOLDER]
+    python benchmarks/progressive_search.py [--model mini] [--sets scifact fiqa_mini] [--queries 150] [--others 500] [--out FOLDER]
 
 The documents are embedded once, under the model's own rule, and kept in an index; only how the queries are refined differs. For every
 rule: the steps of a query, the share of the ten nearest documents that K = 20 finds too, nDCG@10, and the time of a query, alone, with
@@ -100,8 +100,8 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--sets", nargs="+", default=["scifact", "fiqa_mini"])
-    parser.add_argument("--queries", type=int, default=300, help="of each set, at most")
-    parser.add_argument("--others", type=int, default=2000, help="documents beside those that answer a query, at most")
+    parser.add_argument("--queries", type=int, default=150, help="of each set, at most")
+    parser.add_argument("--others", type=int, default=500, help="documents beside those that answer a query, at most")
     parser.add_argument("--thresholds", type=float, nargs="*", default=[0.99, 0.998], help="of ConvergeStop, beside the model's own rule")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
