@@ -38,7 +38,6 @@ from small_sets import development_sets, test_sets
 import genembed
 from genembed.files import read_texts, replacing_folder
 from genembed.train.durable import replace_text
-from genembed.train.merge import merge
 from genembed.train.model import build
 from genembed.train.overlap import TextFilter
 from genembed.train.pairs import DataFile
@@ -91,8 +90,11 @@ def make_base(folder: Path) -> None:
     assert recipe is not None
     model = build(replace(recipe, fit_head=0, head_tokens=0), lambda _tokenizer: [])
     model.restore(folder.parent)
+    assert model.adapter is not None
+    merged: Any = model.adapter.merge_and_unload()
     with replacing_folder(folder) as made:
-        merge(model, made, model.settings)
+        merged.bert.save_pretrained(made)  # the encoder alone: GIRCSE fits a head of its own to it
+        model.tokenizer.tokenizer.save_pretrained(made)
 
 
 def excluded() -> TextFilter:

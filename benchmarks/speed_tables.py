@@ -29,8 +29,9 @@ def throughput() -> str:
         sources.append(source(path))
         rows += [_throughput_row(model, one) for one in result["comparisons"]]
     note = (
-        "Milliseconds a text; *halting*: share of the iteration saving saved in decoding; then of the whole time, with its ceiling. Near "
-        "18 a tenth is to be saved, less than what runs differ by: [turn by turn](docs/performance.md#is-halting-ever-slower-than-not-halting)."
+        "Milliseconds a text; *halting*: share of the iteration saving saved in decoding; then of the whole time, with its ceiling. "
+        "Near 18 a tenth is to be saved, less than what runs differ by: "
+        "[turn by turn](docs/performance.md#is-halting-ever-slower-than-not-halting)."
     )
     return f"{note} {', '.join(sources)}.\n\n{table(heads, rows)}"
 

@@ -89,18 +89,20 @@ def losses_and_gradients(process: int) -> dict[str, Any]:
 
 
 def labels(process: int) -> dict[str, Any]:
-    """Return gathered tensors that carry no gradient, and what unequal shapes raise."""
+    """Return gathered labels, rows of unequal number with their gradient, and what unequal shapes raise."""
     values = {
         "bool": gather_across_processes(torch.tensor([process == 0, True])),
         "int": gather_across_processes(torch.tensor([process, 7])),
         "float": gather_across_processes(torch.tensor([process + 0.5])),
         "transposed": gather_across_processes((torch.arange(6.0).view(2, 3) + 10 * process).T),
     }
-    with pytest.raises(ConfigurationError) as rows:
-        gather_across_processes(torch.zeros(2 + process, 3, 4))
+    x = torch.full((2 + process, 1), float(process), requires_grad=True)
+    uneven = gather_across_processes(x)
+    (uneven * torch.arange(1.0, 6.0)[:, None]).sum().backward()
+    values |= {"uneven": uneven.detach(), "uneven gradient": x.grad}
     with pytest.raises(ConfigurationError) as steps:
         gather_across_processes(torch.zeros(2, 3 + process, 4))
-    return {**values, "rows": str(rows.value), "steps": str(steps.value)}
+    return {**values, "steps": str(steps.value)}
 
 
 def shared(process: int) -> dict[str, Any]:
@@ -193,8 +195,14 @@ def test_labels_of_any_dtype_are_gathered_in_the_order_of_the_ranks(seen: list[d
 def test_unequal_shapes_are_refused_on_every_process(seen: list[dict[str, Any]]) -> None:
     """Otherwise the processes would wait for one another until the group's timeout."""
     for process in seen:
-        assert process["rows"].startswith("the processes hold shapes (2, 3, 4), (3, 3, 4): give each as many rows and steps")
-        assert process["steps"].startswith("the processes hold shapes (2, 3, 4), (2, 4, 4): give each as many rows and steps")
+        assert process["steps"].startswith("the processes hold shapes (2, 3, 4), (2, 4, 4): give each as many steps")
+
+
+def test_processes_may_have_different_numbers_of_rows(seen: list[dict[str, Any]]) -> None:
+    for process in seen:
+        assert process["uneven"].flatten().tolist() == [0, 0, 1, 1, 1]
+    # The sum over both processes' losses.
+    assert [process["uneven gradient"].flatten().tolist() for process in seen] == [[2, 4], [6, 8, 10]]
 
 
 def test_all_processes_have_what_the_first_one_found_and_no_other_looks_for_it(seen: list[dict[str, Any]]) -> None:

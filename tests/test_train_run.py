@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -502,13 +502,18 @@ def answered_twice(number: int, row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "neg": [f"{row['pos'][0]}!"]} if number % 2 else row
 
 
+def without_negatives(number: int, row: dict[str, Any]) -> dict[str, Any]:
+    """Where only some pairs have a hard negative, the processes bring different numbers of candidates."""
+    return row if number % 3 else {**row, "neg": []}
+
+
 def scored(number: int, row: dict[str, Any]) -> dict[str, Any]:
     """Scored pairs are ranked among all of the joined batch."""
     return {"sentence1": row["query"], "sentence2": row["pos"][0], "score": number % 5}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [answered_twice, scored])
+@pytest.mark.parametrize("kind", [answered_twice, without_negatives, scored])
 def test_two_processes_learn_as_one_with_the_joined_batch(
     kind: Callable[[int, dict[str, Any]], dict[str, Any]], recipe: Recipe, pairs: DataFile, tmp_path: Path
 ) -> None:

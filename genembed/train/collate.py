@@ -85,9 +85,7 @@ class PairCollator:
         count = max(processes, _fitting(read, recipe.batch_tokens) // processes * processes)
         self.cut.update(pair.source for pair in pairs[count:])
         chosen = [(pair, *ids) for pair, ids in zip(pairs, read, strict=True)][:count]
-        # Every process must bring as many candidates as the others, or they could not be joined.
-        negatives = min(sum(len(texts) - 1 for _, _, texts in chosen[process::processes]) for process in range(processes))
-        return _batch(number, steps, chosen[share], negatives)
+        return _batch(number, steps, chosen[share])
 
     def _readable(
         self, pairs: Sequence[Pair], query: PromptTokenizer, passage: PromptTokenizer, *, instructed: bool
@@ -131,9 +129,9 @@ def drawn_steps(recipe: Recipe, rng: random.Random) -> int:
     return int(least * ((most + 1) / least) ** rng.random())
 
 
-def _batch(number: int, steps: int, chosen: list[tuple[Pair, TokenIds, list[TokenIds]]], negatives: int) -> TrainingBatch:
-    """Lay a batch out: the positive of each query first, then as many hard negatives as are wanted."""
-    read = [(ids, text) for pair, _, texts in chosen for ids, text in zip(texts[1:], pair.negatives, strict=True)][:negatives]
+def _batch(number: int, steps: int, chosen: list[tuple[Pair, TokenIds, list[TokenIds]]]) -> TrainingBatch:
+    """Lay a batch out: the positive of each query first, then the hard negatives."""
+    read = [(ids, text) for pair, _, texts in chosen for ids, text in zip(texts[1:], pair.negatives, strict=True)]
     return TrainingBatch(
         number,
         tuple(pair for pair, _, _ in chosen),

@@ -18,7 +18,8 @@ Value = TypeVar("Value")
 def gather_across_processes(x: Shaped[Tensor, "rows *rest"]) -> Shaped[Tensor, "gathered *rest"]:
     """Return the rows of all processes, in the order of their ranks; where there is one process, x itself.
 
-    Row i of process r becomes row r * rows + i, and so must every position among the rows, such as `positives`.
+    The rows of a process come behind those of the processes before it, and so must every position among the rows, such as `positives`.
+    Processes may have different numbers of them.
 
     The gradient of a process's rows is the sum over the losses of all processes. `DistributedDataParallel` then averages the
     weights' gradients over the processes, which gives exactly the gradient of the processes' mean loss:
@@ -32,17 +33,24 @@ def gather_across_processes(x: Shaped[Tensor, "rows *rest"]) -> Shaped[Tensor, "
         x: Trajectories, or labels of any dtype such as positions, scores and masks.
 
     Raises:
-        ConfigurationError: If the shapes on the processes differ.
+        ConfigurationError: If the shapes on the processes differ in more than their rows.
     """
     if _is_alone():
         return x
     shapes = _all_gather(torch.tensor(x.shape, device=x.device)).tolist()
-    if any(shape != shapes[0] for shape in shapes):
+    if any(shape[1:] != shapes[0][1:] for shape in shapes):
         raise ConfigurationError(
-            f"the processes hold shapes {', '.join(str(tuple(shape)) for shape in shapes)}: give each as many rows and steps, "
-            "for example by dropping the last batch and drawing the steps from one seed."
+            f"the processes hold shapes {', '.join(str(tuple(shape)) for shape in shapes)}: give each as many steps, "
+            "for example by drawing them from one seed."
         )
-    return _Gather.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+    counts = [shape[0] for shape in shapes]
+    most = max(counts)
+    # All bring as many rows as the one that has the most; what was added is taken out again.
+    padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]) if len(x) < most else x
+    gathered: Tensor = _Gather.apply(padded)  # type: ignore[no-untyped-call]
+    if min(counts) == most:
+        return gathered
+    return torch.cat([part[:count] for part, count in zip(gathered.split(most), counts, strict=True)])
 
 
 def mean_across_processes(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

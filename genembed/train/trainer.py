@@ -141,7 +141,8 @@ class StepwiseTrainer(Trainer):
         positives = torch.arange(count, device=queries.device)
         if self._joins:
             # This process's positives move behind the candidates of the processes before it.
-            own, positives = own.gathered(), positives + self.args.process_index * len(candidates)
+            counts = gather_across_processes(torch.tensor([len(candidates)], device=queries.device))
+            own, positives = own.gathered(), positives + counts[: self.args.process_index].sum()
         if teacher is not None and own.taught is not None:
             teacher = Teacher(teacher.queries, own.taught)
         ignore = known_answers(keys[:count], own.keys, own.answered, positives)
