@@ -35,6 +35,7 @@ bench: setup
 	$(BIN)/python benchmarks/approximations.py
 	$(BIN)/python benchmarks/throughput.py --models mini --check
 	$(BIN)/python benchmarks/throughput.py --models qwen qwen-bf16 --check
+	$(BIN)/python benchmarks/throughput.py --models mini --kinds queries --texts 512 --rows 1 8 32 128 512 --repeats 1
 	$(BIN)/python benchmarks/profitability.py
 	$(BIN)/python benchmarks/scifact.py
 

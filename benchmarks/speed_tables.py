@@ -48,6 +48,25 @@ def _throughput_row(model: str, one: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def batches() -> str:
+    """What a text costs in batches of different sizes."""
+    path, result = stored("batches-mini")
+    (one,) = result["comparisons"]
+    found = {int(name.split()[-2]): row for name, row in one["variants"].items() if name.endswith("rows") and name.startswith("engine")}
+    rows = [
+        [
+            f"{count:,}",
+            f"{one['variants'][f'causal-eos, {count} rows']['ms_per_text']:.2f}",
+            f"{row['ms_per_text']:.2f}",
+            f"{row['to_causal_eos']:.2f}",
+            f"{row['share_of_ceiling']:.0%}",
+        ]
+        for count, row in sorted(found.items())
+    ]
+    note = f"`mini`, {one['texts']:,} {one['kind']}, mean {one['mean_tokens']:.0f} tokens, K = 20; {source(path)}"
+    return f"{note}.\n\n{table(['rows at most', 'one pass, ms a text', 'K = 20', 'ratio', 'of the ceiling'], rows)}"
+
+
 def training() -> str:
     """Time and memory of a training update."""
     path, result = stored("training")
@@ -241,6 +260,7 @@ def _over(kinds: Mapping[str, Any], kind: str) -> str:
 
 TABLES: Mapping[str, Callable[[], str]] = {
     "throughput": throughput,
+    "batches": batches,
     "goals": goals,
     "training": training,
     "approximations": approximations,

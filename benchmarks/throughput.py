@@ -11,7 +11,7 @@ of mean 20 tokens and documents of mean 128, 200 or 512, side by side, in turns:
 - `engine`, `engine K=1`, `engine K=5`   ours, K = 20, 1 and 5
 - `engine near 9`, `engine near 18`, `engine 4-20`   ours, with every text halting at a recorded step: 9 +- 0.5, 18 +- 1, or evenly
                  spread over 4 to 20
-- `engine, N rows`   ours with at most N rows in a batch (`--rows`), beside one pass with as many
+- `engine, N rows`   ours with at most N rows in a batch (`--rows`), beside one pass with as many, in a result file of its own
 
 The FLOP bound of a ratio to `causal-eos` is that of genembed.cost at the mean length. The ceiling is that of roofline.py, measured in the
 same run. Iteration saving is 1 - (steps done)/(20 * texts); the decode phase is the time beyond `causal-eos`. `--check` fails where a
@@ -227,7 +227,7 @@ def main() -> None:
     rates, worse = measure(), list[str]()
     summary: dict[str, float] = {}
     for model in args.models:
-        theme, found = f"throughput-{model}", []
+        theme, found = f"{'batches' if args.rows else 'throughput'}-{model}", []
         for kind in args.kinds:
             backbone = LOADERS[model]()
             limit = (backbone.max_positions or 1 << 20) - STEPS
