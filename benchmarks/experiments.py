@@ -32,6 +32,8 @@ EVERYWHERE = "gircse-everywhere"
 """GIRCSE over the encoder with the adapter on the prompt too, as the one-pass models have it."""
 ON_AVERAGE, MERGED = "gircse-on-average", "merged"
 """GIRCSE over the encoder as the one-pass baseline has fine-tuned it, in a folder of this name: what generation adds to fine-tuning."""
+SLOW, FLAT = "gircse-slow", "gircse-flat"
+"""GIRCSE over the encoder with a third of the learning rate, and with a soft token of temperature 4."""
 NARROW = 64
 """Leading dimensions that are measured beside the whole vector, and trained by the Matryoshka option."""
 
@@ -180,6 +182,8 @@ def _mini(long: Recipe, files: tuple[DataFile, ...]) -> Family:
         options={},
         variants=(
             (EVERYWHERE, replace(gircse, settings=average)),
+            (SLOW, replace(gircse, learning_rate=gircse.learning_rate / 3)),
+            (FLAT, replace(gircse, settings=replace(settings, temperature=4.0))),
             *((ON_AVERAGE, replace(gircse, model=str(RUNS / f"mini-bidirectional-avg-seed{seed}" / MERGED), seed=seed)) for seed in SEEDS),
         ),
         update_seconds=(1.5, 0.12),

@@ -66,6 +66,8 @@ PAPER_ROWS = {"gen": "gen", "gen-sl": "gen+sl", "gircse": "gen+sl+ir"}
 LABELS = {"gen": "Gen", "gen-sl": "Gen + SL", "gircse": "Gen + SL + IR (GIRCSE)"}
 VARIANTS = {
     "gircse-everywhere": "GIRCSE, adapter on the prompt too",
+    "gircse-slow": "GIRCSE, a third of the learning rate",
+    "gircse-flat": "GIRCSE, soft token of temperature 4",
     "gircse-on-average": "GIRCSE over the fine-tuned one-pass model",
 }
 SHOWN = (1, 3, 5, 10, 15, 20)
