@@ -76,7 +76,8 @@ def _invalid(error: ValidationError) -> Failure:
     first = error.errors(include_url=False, include_context=False)[0]
     where = ".".join(str(part) for part in first["loc"][:1])
     value = f"{reprlib.repr(first['input']):.80}"  # the input may be nested as deeply as a parser allows
-    return Failure(400, f"{where or 'the request'}: {first['msg'].removeprefix('Value error, ')}; got {value}.", code="invalid_value", param=where or None)
+    reason = first["msg"].removeprefix("Value error, ")
+    return Failure(400, f"{where or 'the request'}: {reason}; got {value}.", code="invalid_value", param=where or None)
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
