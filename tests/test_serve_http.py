@@ -275,25 +275,24 @@ def test_a_text_at_fault_is_named(url: str, embedder: Embedder, patch: Patch) ->
     assert response.json()["error"]["message"].startswith("text 1: the embedding is not finite")
 
 
-def test_a_deadline_that_passes_in_the_queue_is_503(url: str, embedder: Embedder, patch: Patch) -> None:
-    held = Held(embedder, patch)
-    many = threading.Thread(target=lambda: [embed(url, input=["a"] * 4, steps=1) for _ in range(2)])
-    others = [threading.Thread(target=lambda: embed(url, input=["a"] * 4, steps=1)) for _ in range(2)]
-    for one in (many, *others):
-        one.start()
-    assert held.reached.wait(30)
-    late: list[httpx.Response] = []
-    client = threading.Thread(target=lambda: late.append(embed(url, input=["b"] * 4, deadline_ms=1)))
-    client.start()
-    time.sleep(0.3)
-    held.free.set()
-    for one in (many, *others, client):
-        one.join(30)
-    assert late[0].status_code in (200, 503)
-    if late[0].status_code == 503:
-        assert late[0].json()["error"]["code"] == "deadline_exceeded"
-    else:
-        assert late[0].json()["metadata"]["complete"] == [False] * 4
+def test_a_deadline_that_passes_in_the_queue_is_503(embedder: Embedder, patch: Patch) -> None:
+    with served(embedder, limits=replace(LIMITS, batch_tokens=512 + 20)) as (url, service):  # one place
+        held, answers = Held(embedder, patch), dict[str, httpx.Response]()
+        bodies: dict[str, dict[str, Any]] = {"first": {"steps": 20}, "late": {"deadline_ms": 1}}
+        clients = {
+            name: threading.Thread(target=lambda name=name: answers.setdefault(name, embed(url, input="a", **bodies[name])))
+            for name in bodies
+        }
+        clients["first"].start()
+        assert held.reached.wait(30)
+        clients["late"].start()
+        until(lambda: service.live.queued_tokens > 0)
+        time.sleep(0.05)
+        held.free.set()
+        for one in clients.values():
+            one.join(30)
+        assert answers["first"].status_code == 200
+        assert (answers["late"].status_code, answers["late"].json()["error"]["code"]) == (503, "deadline_exceeded")
 
 
 def test_a_client_that_never_finishes_its_request_is_told_so(url: str) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -39,8 +37,6 @@ class Ticket:
     """Whether it was in a batch that failed, and is tried by itself now."""
     left: bool = False
     """Whether nobody waits for it any more."""
-    waits: bool = False
-    """Whether it is in the queue."""
 
 
 class FairQueue:
@@ -50,8 +46,8 @@ class FairQueue:
         self.tokens = 0
         """Prompt tokens that wait."""
         self._requests: deque[deque[Ticket]] = deque()
-        self._deadlines: list[tuple[float, int, Ticket]] = []
-        self._numbers = itertools.count()
+        self._hurried = 0
+        """Texts that wait and have a deadline."""
 
     def __bool__(self) -> bool:
         """Tell whether a text waits."""
@@ -88,27 +84,22 @@ class FairQueue:
         if dropped:
             kept = (deque(ticket for ticket in request if not unwanted(ticket)) for request in self._requests)
             self._requests = deque(request for request in kept if request)
-            self._forget(*dropped)
+            for ticket in dropped:
+                self._forget(ticket)
         return dropped
 
     def drop_late(self, now: float) -> list[Ticket]:
         """Take out the texts whose deadline has passed."""
-        late = False
-        while self._deadlines and self._deadlines[0][0] <= now:
-            late |= heapq.heappop(self._deadlines)[2].waits
-        return self.drop(lambda ticket: ticket.terms.deadline <= now) if late else []
+        return self.drop(lambda ticket: ticket.terms.deadline <= now) if self._hurried else []
 
-    def everything(self) -> Iterable[Ticket]:
+    def everything(self) -> list[Ticket]:
         """Return all texts that wait."""
         return [ticket for request in self._requests for ticket in request]
 
     def _note(self, ticket: Ticket) -> None:
-        ticket.waits = True
         self.tokens += len(ticket.prompt)
-        if ticket.terms.has_deadline:
-            heapq.heappush(self._deadlines, (ticket.terms.deadline, next(self._numbers), ticket))
+        self._hurried += ticket.terms.has_deadline
 
-    def _forget(self, *tickets: Ticket) -> None:
-        for ticket in tickets:
-            ticket.waits = False
-            self.tokens -= len(ticket.prompt)
+    def _forget(self, ticket: Ticket) -> None:
+        self.tokens -= len(ticket.prompt)
+        self._hurried -= ticket.terms.has_deadline
