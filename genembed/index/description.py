@@ -133,7 +133,7 @@ def fingerprint(embedder: Embedder) -> str:
 
 def is_fingerprint(known: str, embedder: Embedder) -> bool:
     """Whether a fingerprint is this model's; an index of before the other files were hashed has one of weights and settings alone."""
-    return known in (fingerprint(embedder), _weights_fingerprint(embedder))
+    return known == fingerprint(embedder) or known == _weights_fingerprint(embedder)
 
 
 def _weights_fingerprint(embedder: Embedder) -> str:
