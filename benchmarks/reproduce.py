@@ -87,9 +87,7 @@ def make_base(folder: Path) -> None:
     if folder.name != MERGED or folder.is_dir():
         return
     if not folder.parent.is_dir():
-        raise SystemExit(
-            f"{folder.parent} is not there to start from: run --experiment {folder.parent.name} first"
-        )
+        raise SystemExit(f"{folder.parent} is not there to start from: run --experiment {folder.parent.name} first")
     recipe = next(one.recipe for one in matrix() if one.key == folder.parent.name)
     assert recipe is not None
     model = build(replace(recipe, fit_head=0, head_tokens=0), lambda _tokenizer: [])
