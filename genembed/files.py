@@ -8,19 +8,20 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
 from genembed.errors import ConfigurationError, InputError, missing_extra
+from genembed.records import TEXT_COLUMN, Columns, Record, json_object
 
 STANDARD_STREAM = "-"
 """Stands for stdin as a source and for stdout as a target."""
@@ -28,20 +29,8 @@ STANDARD_STREAM = "-"
 Binary = IO[bytes] | io.BufferedIOBase
 """An open file or stream of bytes."""
 
-_TEXT_COLUMN = "text"
-
 _ASIDE = ".genembed-old-"
 """Begins the name of a folder that another one is about to replace."""
-
-
-class Record(NamedTuple):
-    """One text of a file."""
-
-    id: str
-    """Value of the id column; without one the number of the row, from 0."""
-    text: str
-    line: int
-    """Line of the file, or row of a Parquet file, from 1."""
 
 
 @dataclass(frozen=True)
@@ -52,29 +41,6 @@ class VectorRows:
     vectors: Float[np.ndarray, "texts hidden"]
     steps: Int[np.ndarray, "texts"]
     truncated: Bool[np.ndarray, "texts"]
-
-
-@dataclass(frozen=True)
-class _Columns:
-    text: str
-    id: str | None
-
-    def check(self, names: Sequence[str], place: str) -> None:
-        """Refuse a file that lacks one of the columns."""
-        for column, option in ((self.text, "--text-column"), (self.id, "--id-column")):
-            if column is not None and column not in names:
-                raise InputError(f"{place}: no column {column!r}; there are: {', '.join(names) or 'none'}. Name one with {option}.")
-
-    def record(self, row: Mapping[str, Any], number: int, *, line: int, place: str) -> Record:
-        """Take text and id out of one row."""
-        text, identifier = row[self.text], number if self.id is None else row[self.id]
-        if not isinstance(text, str):
-            raise InputError(
-                f"{place}: column {self.text!r} holds {text!r:.80}, which is not text; drop the row or write the value as a string."
-            )
-        if not isinstance(identifier, (str, int)) or isinstance(identifier, bool) or not is_unicode(str(identifier)):
-            raise InputError(f"{place}: column {self.id!r} holds {identifier!r:.80}; an id is a string or an integer.")
-        return Record(str(identifier), text, line)
 
 
 def read_texts(
@@ -134,11 +100,11 @@ def _format_of(path: Path) -> str:
     return suffix
 
 
-def _columns(file_format: str, text_column: str | None, id_column: str | None) -> _Columns:
+def _columns(file_format: str, text_column: str | None, id_column: str | None) -> Columns:
     if file_format == "txt" and (text_column or id_column):
         option, value = ("--text-column", text_column) if text_column else ("--id-column", id_column)
         raise ConfigurationError(f"{option} {value}: text lines have no columns; leave it out, or say with --format what the file is.")
-    return _Columns(text_column or _TEXT_COLUMN, id_column)
+    return Columns(text_column or TEXT_COLUMN, id_column)
 
 
 def decoded_lines(lines: Iterable[bytes], name: str) -> Iterator[str]:
@@ -157,31 +123,24 @@ def decoded_lines(lines: Iterable[bytes], name: str) -> Iterator[str]:
             ) from None
 
 
-def _read_lines(lines: Iterable[bytes], name: str, _: _Columns) -> Iterator[Record]:
+def _read_lines(lines: Iterable[bytes], name: str, _: Columns) -> Iterator[Record]:
     for number, line in enumerate(decoded_lines(lines, name)):
         yield Record(str(number), line.removesuffix("\n").removesuffix("\r"), number + 1)
 
 
-def _read_jsonl(lines: Iterable[bytes], name: str, columns: _Columns) -> Iterator[Record]:
+def _read_jsonl(lines: Iterable[bytes], name: str, columns: Columns) -> Iterator[Record]:
     number = 0
     for line, content in enumerate(decoded_lines(lines, name), start=1):
         if not content.strip():
             continue
         place = f"{name}, line {line}"
-        try:
-            row = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{place}: invalid JSON at character {error.colno}: {error.msg}.") from None
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{place}: JSON that cannot be read: {error}") from None
-        if not isinstance(row, dict):
-            raise InputError(f'{place}: expected an object such as {{"text": "..."}}, got {content.strip()!r:.60}')
+        row = json_object(content, place)
         columns.check(list(row), place)
         yield columns.record(row, number, line=line, place=place)
         number += 1
 
 
-def _read_csv(lines: Iterable[bytes], name: str, columns: _Columns) -> Iterator[Record]:
+def _read_csv(lines: Iterable[bytes], name: str, columns: Columns) -> Iterator[Record]:
     limit = csv.field_size_limit(sys.maxsize)  # the module refuses fields above 128 KiB otherwise
     reader = csv.reader(decoded_lines(lines, name), strict=True)
     try:
@@ -206,7 +165,7 @@ def _read_csv(lines: Iterable[bytes], name: str, columns: _Columns) -> Iterator[
         csv.field_size_limit(limit)
 
 
-def _read_parquet(file: Any, name: str, columns: _Columns) -> Iterator[Record]:
+def _read_parquet(file: Any, name: str, columns: Columns) -> Iterator[Record]:
     arrow, parquet = _arrow()
     try:
         table = parquet.ParquetFile(file)
@@ -221,15 +180,6 @@ def _read_parquet(file: Any, name: str, columns: _Columns) -> Iterator[Record]:
         raise InputError(f"{name}: cannot be read as Parquet: {error}") from error
 
 
-def is_unicode(text: str) -> bool:
-    """Whether a string can be encoded: one with a lone surrogate cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _arrow() -> tuple[Any, Any]:
     try:
         import pyarrow
@@ -239,7 +189,7 @@ def _arrow() -> tuple[Any, Any]:
     return pyarrow, parquet
 
 
-_READERS: dict[str, Callable[[Any, str, _Columns], Iterator[Record]]] = {
+_READERS: dict[str, Callable[[Any, str, Columns], Iterator[Record]]] = {
     "txt": _read_lines,
     "jsonl": _read_jsonl,
     "csv": _read_csv,

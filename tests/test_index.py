@@ -30,7 +30,8 @@ from genembed import (
     ModelSettings,
     load,
 )
-from genembed.index import Index, Passage, fingerprint, read_passages
+from genembed.fingerprint import _weights_fingerprint, fingerprint
+from genembed.index import Index, Passage, read_passages
 from genembed.index.chunks import split_prose
 from genembed.index.html import html_paragraphs
 from genembed.index.passages import beginning_of
@@ -125,7 +126,7 @@ def test_another_model_is_refused_and_the_same_one_under_another_rule_is_not(bui
 def test_changed_weights_and_changed_settings_change_the_fingerprint(
     folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(genembed.index.description, "_SAMPLE_BYTES", 16)
+    monkeypatch.setattr("genembed.fingerprint._SAMPLE_BYTES", 16)
     folder = shutil.copytree(folder_of("bert"), tmp_path / "bert")
     first = load(folder)
     known = fingerprint(first)
@@ -162,7 +163,7 @@ def test_the_configuration_of_an_adapter_changes_the_fingerprint(folder_of: Call
 def test_an_index_of_before_tokenizers_were_hashed_is_compared_by_weights_and_settings(
     built: Index, bert: Embedder, embedder_of: Callable[..., Embedder]
 ) -> None:
-    old = Index(built.folder, replace(built.description, fingerprint=genembed.index.description._weights_fingerprint(bert)), built._table)
+    old = Index(built.folder, replace(built.description, fingerprint=_weights_fingerprint(bert)), built._table)
     assert old.description.fingerprint != built.description.fingerprint
     old.check(bert)
     with pytest.raises(ConfigurationError, match="made by the model"):

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from genembed.embedder import Embedder
 from genembed.errors import ConfigurationError, GenembedWarning, TextError
 from genembed.files import make_durable, replacing_folder
+from genembed.fingerprint import absolute, fingerprint, is_fingerprint, origin
 from genembed.halting import HaltingRule
 from genembed.index import table as tables
 from genembed.index.approximate import make_approximation, measured
@@ -24,12 +25,8 @@ from genembed.index.description import (
     DESCRIPTION_FILE,
     Approximation,
     Description,
-    absolute,
     check_target,
     damaged,
-    fingerprint,
-    is_fingerprint,
-    origin,
     passages_hash,
     read_description,
     write_description,
@@ -49,7 +46,6 @@ __all__ = [
     "Passage",
     "check_target",
     "docstring_passage",
-    "fingerprint",
     "passages_hash",
     "read_passages",
 ]

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from genembed.docstrings import Docstring, standard_library
 from genembed.embedder import Embedder
 from genembed.errors import ConfigurationError, missing_extra
+from genembed.fingerprint import fingerprint, is_fingerprint
 from genembed.halting import FixedSteps, HaltingRule
-from genembed.index import DESCRIPTION_FILE, Hit, Index, docstring_passage, fingerprint, passages_hash
-from genembed.index.description import is_fingerprint
+from genembed.index import DESCRIPTION_FILE, Hit, Index, docstring_passage, passages_hash
 from genembed.index.passages import beginning_of
 
 try:

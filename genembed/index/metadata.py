@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from genembed.errors import ConfigurationError, InputError, missing_extra
-from genembed.files import STANDARD_STREAM, Record, decoded_lines, read_texts
+from genembed.files import STANDARD_STREAM, decoded_lines, read_texts
+from genembed.records import Record
 
 try:
     import pyarrow

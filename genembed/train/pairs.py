@@ -10,7 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 from genembed.errors import ConfigurationError, DataError
-from genembed.files import is_unicode
+from genembed.records import is_unicode
 from genembed.train.sources import HUB, SUFFIXES, RowError, read_rows
 
 _EXAMPLES = 10
