@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "genembed"
 
 LAYERS = (
     ("errors",),
-    ("budget",),
+    ("budget", "files", "precision"),
     ("halting", "prompt", "soft_token", "triton_soft_token"),
     ("pooling",),
     ("settings",),
@@ -78,7 +78,7 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 def test_the_layers_name_every_file_of_the_core() -> None:
-    rings = {"__init__", "docstrings", "files", "testsets", "cost", "spoken"}
+    rings = {"__init__", "docstrings", "testsets", "cost", "spoken"}
     assert {file.stem for file in PACKAGE.glob("*.py")} - rings == set(RANK)
 
 
