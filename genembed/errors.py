@@ -44,6 +44,10 @@ class TrainingError(GenembedError, RuntimeError):
     """A training run that cannot go on, such as one whose checkpoint cannot be written."""
 
 
+class JobError(GenembedError, RuntimeError):
+    """A corpus job that cannot go on; what it has done is kept."""
+
+
 class GenembedWarning(UserWarning):
     """Something the user should know and that is no error, such as texts that were cut."""
 

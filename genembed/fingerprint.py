@@ -5,13 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from genembed.settings import ModelSettings
 from genembed.source import ADAPTER_CONFIG, BUILTIN, Source, sha256
 
-if TYPE_CHECKING:
-    from genembed.embedder import Embedder
+
+class Model(Protocol):
+    """What is hashed of a model: an `Embedder`, or a model that is found and not loaded."""
+
+    @property
+    def source(self) -> Source:
+        """Where its files are."""
+
+    @property
+    def settings(self) -> ModelSettings:
+        """How it makes an embedding."""
+
 
 _SAMPLE_BYTES = 1 << 20
 """Bytes at either end of a weight file that its fingerprint reads: training changes every part of a file, and a base model
@@ -23,13 +33,13 @@ _TOKENIZER_FILES = (
 """What a tokenizer may be made of; those that are there are read whole."""
 
 
-def fingerprint(embedder: Embedder) -> str:
+def fingerprint(model: Model) -> str:
     """Hash what decides a model's vectors: samples of its weight files, its configuration, its tokenizer, and its settings.
 
     Settings that only bring the vectors closer, or are for queries alone, are left out.
     """
-    digest = hashlib.sha256(_weights_fingerprint(embedder).encode())
-    source = embedder.source
+    digest = hashlib.sha256(_weights_fingerprint(model).encode())
+    source = model.source
     files = [source.base / "config.json", *([] if source.adapter is None else [source.adapter / ADAPTER_CONFIG])]
     for path in [*files, *(source.tokenizer / name for name in _TOKENIZER_FILES)]:
         if path.is_file():
@@ -37,16 +47,16 @@ def fingerprint(embedder: Embedder) -> str:
     return digest.hexdigest()
 
 
-def is_fingerprint(known: str, embedder: Embedder) -> bool:
+def is_fingerprint(known: str, model: Model) -> bool:
     """Whether a fingerprint is this model's; an index of before the other files were hashed has one of weights and settings alone."""
-    return known == fingerprint(embedder) or known == _weights_fingerprint(embedder)
+    return known == fingerprint(model) or known == _weights_fingerprint(model)
 
 
-def _weights_fingerprint(embedder: Embedder) -> str:
+def _weights_fingerprint(model: Model) -> str:
     free = ("halt", "query_instruction", "parallel_passes")
-    settings = {name: value for name, value in embedder.settings.to_json().items() if name not in free}
+    settings = {name: value for name, value in model.settings.to_json().items() if name not in free}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    source = embedder.source
+    source = model.source
     folders = [folder for folder in (source.base, source.adapter) if folder is not None]
     files = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
     for path in dict.fromkeys([*files, *([source.head] if source.head is not None else [])]):

@@ -30,6 +30,8 @@ class Columns:
     text: str
     id: str | None
     """None: the number of the row."""
+    option: str | None = None
+    """The option that names both, for messages; None where each has its own."""
 
     def check(self, names: Sequence[str], place: str) -> None:
         """Refuse a file or row that lacks one of the columns.
@@ -43,7 +45,9 @@ class Columns:
         """
         for column, option in ((self.text, "--text-column"), (self.id, "--id-column")):
             if column is not None and column not in names:
-                raise InputError(f"{place}: no column {column!r}; there are: {', '.join(names) or 'none'}. Name one with {option}.")
+                raise InputError(
+                    f"{place}: no column {column!r}; there are: {', '.join(names) or 'none'}. Name one with {self.option or option}."
+                )
 
     def record(self, row: Mapping[str, Any], number: int, *, line: int, place: str) -> Record:
         """Take text and id out of one row.

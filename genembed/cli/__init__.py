@@ -23,6 +23,7 @@ from genembed.cli.calibrating import calibrate
 from genembed.cli.costing import cost
 from genembed.cli.embedding import embed, info
 from genembed.cli.evaluating import evaluate
+from genembed.cli.jobs import app as jobs
 from genembed.cli.mining import mine
 from genembed.cli.searching import demo, index, search
 from genembed.cli.serving import serve
@@ -39,6 +40,7 @@ app = typer.Typer(
 
 for verb in (demo, embed, index, search, serve, info, mine, train, calibrate, analyse, evaluate, tokens, cost):
     app.command()(verb)
+app.add_typer(jobs, name="job")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

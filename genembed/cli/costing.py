@@ -26,7 +26,7 @@ def cost(
     """Count the operations and the memory of an embedding from the configuration alone."""
     from genembed.cost import Cost
 
-    counted = Cost(shape=_shape(model), tokens=tokens, steps=steps, weight_bytes=weight_bytes)
+    counted = Cost(shape=model_shape(model), tokens=tokens, steps=steps, weight_bytes=weight_bytes)
     rows = {
         "one pass": (counted.one_pass, counted.linear_one_pass),
         "refined, with cache": (counted.cached, counted.linear_cached),
@@ -56,7 +56,7 @@ def cost(
     print_result(value, "\n".join(lines), as_json=as_json)
 
 
-def _shape(model: str) -> Shape:
+def model_shape(model: str) -> Shape:
     """Count a model folder, with its own settings and head where it has them, or a folder of nothing but a configuration."""
     from safetensors import safe_open
 
