@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from genembed.settings import ModelSettings
 from genembed.source import ADAPTER_CONFIG, BUILTIN, Source, sha256
 
 
+@runtime_checkable
 class Model(Protocol):
     """What is hashed of a model: an `Embedder`, or a model that is found and not loaded."""
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,8 +25,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-
-Group = TypeVar("Group")
 
 Folder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the job.")]
 Prometheus = Annotated[Path | None, typer.Option(help="Also write the figures to this file, for Prometheus' node exporter (.prom).")]
@@ -135,35 +134,26 @@ def run(
 ) -> None:
     """Embed a corpus as a file says."""
     values = _read_spec(spec)
-    groups = (ModelOptions, RefineOptions, CorpusOptions, OutputOptions, PoolOptions)
-    names = {"format" if field.name == "file_format" else field.name: field.name for group in groups for field in fields(group)}
-    unknown = sorted(values.keys() - names.keys() - {"inputs", "out"})
-    if unknown:
-        raise ConfigurationError(f"{spec}: {unknown[0]!r} is no option of a job; there are: inputs, out, {', '.join(sorted(names))}.")
-    inputs, out = values.pop("inputs", None), values.pop("out", None)
-    if not (isinstance(inputs, list) and inputs and all(isinstance(one, str) for one in inputs) and isinstance(out, str)):
+    inputs = values.pop("inputs", None)
+    if not (isinstance(inputs, list) and inputs and all(isinstance(one, str) for one in inputs) and "out" in values):
         raise ConfigurationError(f'{spec}: needs inputs = ["rows.jsonl"] and out = "vectors".')
-    given = {names[name]: value for name, value in values.items()}
-    _run_job(
-        inputs,
-        Path(out),
-        _made(ModelOptions, given),
-        _made(RefineOptions, given),
-        _made(CorpusOptions, given),
-        _made(OutputOptions, given),
-        _made(PoolOptions, given),
-        watching,
-    )
+    arguments = [*inputs, *chain.from_iterable(_argument(name, value) for name, value in values.items())]
+    try:
+        given = typer.main.get_command(app).commands["embed"].make_context("embed", arguments)  # type: ignore[attr-defined]
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        # A wrong option; the class of the error has moved between versions of typer.
+        raise ConfigurationError(f"{spec}: {error.format_message()}") from error
+    embed(**{**given.params, **asdict(watching)})
 
 
-def _made(group: type[Group], given: dict[str, Any]) -> Group:
-    """Fill a group of options with those of the file that are its own."""
-    own = {field.name: given[field.name] for field in fields(group) if field.name in given}  # type: ignore[arg-type]
-    for name, value in own.items():
-        kind = type(getattr(group, name))
-        if kind is not type(None) and not isinstance(value, (int, float) if kind is float else kind):
-            raise ConfigurationError(f"{name} = {value!r}: expected {kind.__name__}.")
-    return group(**own)
+def _argument(name: str, value: object) -> list[str]:
+    """Return an option as the command line has it; what is false is left out."""
+    option = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [option] if value else []
+    return [option, str(value)]
 
 
 def _read_spec(path: Path) -> dict[str, Any]:
@@ -175,7 +165,7 @@ def _read_spec(path: Path) -> dict[str, Any]:
         raise ConfigurationError(f"{path}: cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
         raise ConfigurationError(f"{path}: not TOML: {error}") from error
-    return {name.replace("-", "_"): value for name, value in values.items()}
+    return values
 
 
 def _run_job(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class Encoded:
     """Prompt tokens read, int64."""
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """What turns texts into vectors: the same ones for the same texts in the same order."""
 

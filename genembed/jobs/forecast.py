@@ -29,7 +29,7 @@ class Forecast:
 
     documents: int
     dimensions: int
-    value_bytes: float
+    value_bytes: int
     """Of one number of a vector."""
     shard_rows: int
     documents_per_second: float

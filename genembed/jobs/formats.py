@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from genembed.errors import InputError, missing_extra
 from genembed.records import Columns
+
+Stream = Any
+"""An open file of bytes: every file system and every compression has a class of its own for it."""
 
 
 class CsvLines:
     """Hands a CSV reader its lines, and keeps their bytes."""
 
-    def __init__(self, stream: IO[bytes], *, beginning: bool = False) -> None:
+    def __init__(self, stream: Iterable[bytes], *, beginning: bool = False) -> None:
         self._stream = stream
         self._taken: list[bytes] = []
         self._first = beginning  # of the file, where a byte-order mark may stand
@@ -31,7 +34,7 @@ class CsvLines:
 
 
 def parquet_rows(
-    stream: IO[bytes], name: str, columns: Columns, *, start: int = 0, stop: int | None = None
+    stream: Stream, name: str, columns: Columns, *, start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the rows `start` to `stop` of a Parquet file with their numbers; row groups that hold none of them are not read.
 

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ class Reporter:
     def __init__(self, folder: JobFolder, worker: int) -> None:
         now = time.time()
         self.state = Heartbeat(host=socket.gethostname(), process=os.getpid(), worker=worker, started=now, updated=now)
-        self._path = folder.workers / f"{self.state.host}-{self.state.process}-{worker}.json"
+        self._path = folder.workers / f"{self.state.host}-{self.state.process}-{uuid.uuid4().hex[:8]}.json"
         self._begun = 0.0
         self._said = 0.0
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import IO, Any
+from typing import Any
 
 from genembed.errors import ConfigurationError, JobError, missing_extra
+from genembed.jobs.formats import Stream
 
 FORMATS = ("jsonl", "csv", "parquet", "txt")
 _COMPRESSED = {"gz": "gzip", "bz2": "bz2", "xz": "xz"}
@@ -30,7 +31,7 @@ class InputFile:
     """What the file system says of this version of the file: changes when it is written again."""
 
     @contextmanager
-    def open(self) -> Iterator[IO[bytes]]:
+    def open(self) -> Iterator[Stream]:
         """Open for reading; what is compressed is read as what it holds.
 
         Raises:

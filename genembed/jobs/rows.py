@@ -7,10 +7,10 @@ import hashlib
 import io
 import sys
 from collections.abc import Callable, Iterator
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from genembed.errors import InputError, JobError
-from genembed.jobs.formats import CsvLines, parquet_rows, row_bytes
+from genembed.jobs.formats import CsvLines, Stream, parquet_rows, row_bytes
 from genembed.jobs.inputs import InputFile
 from genembed.jobs.plan import Plan, Shard, Span
 from genembed.records import Columns, is_unicode, json_object
@@ -86,14 +86,14 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _span_bytes(stream: IO[bytes], span: Span, digest: Any) -> bytes:
+def _span_bytes(stream: Stream, span: Span, digest: Any) -> bytes:
     stream.seek(span.start)
     content = stream.read(span.stop - span.start)
     digest.update(content)
     return content
 
 
-def _read_lines(stream: IO[bytes], file: InputFile, plan: Plan, span: Span, digest: Any) -> Iterator[_Found]:
+def _read_lines(stream: Stream, file: InputFile, plan: Plan, span: Span, digest: Any) -> Iterator[_Found]:
     for line, raw in enumerate(io.BytesIO(_span_bytes(stream, span, digest)), start=span.line):
         try:
             content = raw.decode("utf-8-sig" if line == 1 else "utf-8")
@@ -109,7 +109,7 @@ def _read_lines(stream: IO[bytes], file: InputFile, plan: Plan, span: Span, dige
                 yield line, str(error).removeprefix(": ")
 
 
-def _read_csv(stream: IO[bytes], file: InputFile, plan: Plan, span: Span, digest: Any) -> Iterator[_Found]:
+def _read_csv(stream: Stream, file: InputFile, plan: Plan, span: Span, digest: Any) -> Iterator[_Found]:
     header, limit, line = plan.headers[span.file], csv.field_size_limit(sys.maxsize), span.line
     reader = csv.reader(CsvLines(io.BytesIO(_span_bytes(stream, span, digest))), strict=True)
     try:
@@ -125,13 +125,13 @@ def _read_csv(stream: IO[bytes], file: InputFile, plan: Plan, span: Span, digest
         csv.field_size_limit(limit)
 
 
-def _read_parquet(stream: IO[bytes], file: InputFile, plan: Plan, span: Span, digest: Any) -> Iterator[_Found]:
+def _read_parquet(stream: Stream, file: InputFile, plan: Plan, span: Span, digest: Any) -> Iterator[_Found]:
     for number, row in parquet_rows(stream, file.url, plan.columns, start=span.start, stop=span.stop):
         digest.update(row_bytes(row))
         yield number + 1, row
 
 
-_READERS: dict[str, Callable[[IO[bytes], InputFile, Plan, Span, Any], Iterator[_Found]]] = {
+_READERS: dict[str, Callable[[Stream, InputFile, Plan, Span, Any], Iterator[_Found]]] = {
     "txt": _read_lines,
     "jsonl": _read_lines,
     "csv": _read_csv,

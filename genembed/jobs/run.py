@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def prepare(folder: JobFolder, corpus: Corpus, description: Description, *, resu
         ConfigurationError: If another job is there, its input has changed, or `resume` is False and a job is there.
         InputError: If the input is not what its names say.
     """
-    if "://" in str(folder.root):
+    if re.match(r"[a-z][a-z0-9+]+:/", str(folder.root)):
         raise ConfigurationError(f"{folder.root}: shards are renamed into place, which object stores cannot; write to a disk, then copy.")
     files = find_files(corpus.inputs, corpus.file_format)
     columns = Columns(corpus.text_column, corpus.id_column, "--columns")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from threading import Event, Thread
 from types import TracebackType
-from typing import Self
 
 from tqdm import tqdm
 
@@ -82,8 +81,8 @@ class Watch:
             truncated=sum(receipt.truncated for receipt in receipts.values()),
             mean_steps=steps / embedded if embedded else _mean(sum(one.steps for one in busy), sum(one.rows for one in busy)),
             workers=len(workers),
-            rows_per_second=sum(worker.rows / worker.busy_seconds for worker in busy),
-            tokens_per_second=sum(worker.tokens / worker.busy_seconds for worker in busy),
+            rows_per_second=sum((worker.rows / worker.busy_seconds for worker in busy), 0.0),
+            tokens_per_second=sum((worker.tokens / worker.busy_seconds for worker in busy), 0.0),
             complete=self._folder.manifest.exists(),
         )
 
@@ -103,7 +102,7 @@ class Progress:
         self._thread = Thread(target=self._run, name="progress", daemon=True)
         self._bar: tqdm[None] | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Progress:
         """Begin to tell."""
         status = self._watch.status()
         self._bar = tqdm(
