@@ -75,8 +75,8 @@ def test_a_file_says_what_the_options_say(place: Path, run: Run, folder_of: Call
     [
         ('inputs = ["rows.jsonl"]\nout = "x"\nshards = 3\n', "job.toml: No such option: --shards"),
         ('out = "x"\n', 'needs inputs = ["rows.jsonl"] and out = "vectors"'),
-        ('inputs = ["rows.jsonl"]\nout = "x"\nworkers = "two"\n', "job.toml: Invalid value for '--workers': 'two' is not a valid int"),
-        ('inputs = ["rows.jsonl"]\nout = "x"\nnum-gpus = 1\n', "--num-gpus 1: is for --engine ray"),
+        ('inputs = ["rows.jsonl"]\nout = "x"\nworkers = "two"\n', "job.toml: Invalid value for '--workers'"),
+        ('inputs = ["rows.jsonl"]\nout = "x"\nnum-gpus = 1\n', "--num-gpus 1.0: is for --engine ray"),
         ("inputs = [", "job.toml: not TOML"),
     ],
 )

@@ -76,6 +76,8 @@ def run_on_ray(
         raise missing_extra("ray", "ray") from error
     folder_path = str(folder.root.resolve())
     with _session(ray, address):
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False  # the job has a line of its own, in rows
         for _ in range(_ROUNDS):
             missing = [shard.index for shard in plan.shards if not folder.receipt_file(shard.index).exists()]
             if not missing:
@@ -107,6 +109,7 @@ def _session(ray: Any, address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     local: dict[str, Any] = {"address": "local", "include_dashboard": False} if address is None else {"address": address}
     try:
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
         ray.init(logging_level=logging.WARNING, log_to_driver=False, **local)
     except (ConnectionError, ValueError) as error:
         raise ConfigurationError(f"--address {address}: no Ray cluster answers there: {error}") from error

@@ -88,7 +88,7 @@ def _printable(text: str) -> str:
 
 def _span_bytes(stream: Stream, span: Span, digest: Any) -> bytes:
     stream.seek(span.start)
-    content = stream.read(span.stop - span.start)
+    content: bytes = stream.read(span.stop - span.start)
     digest.update(content)
     return content
 
