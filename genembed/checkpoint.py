@@ -53,7 +53,7 @@ def load(source: Source, *, device: str, dtype: str | torch.dtype) -> Loaded:
     for part in parts:
         part.to(target).eval().requires_grad_(False)
     backbone = Backbone(model, source.settings, head=head, stepper=stepper, has_head=has_head or head is not None)
-    tokenizer = PromptTokenizer(_load_tokenizer(source.tokenizer, len(backbone.table)), source.settings)
+    tokenizer = PromptTokenizer(_own_tokenizer(source.tokenizer, len(backbone.table)), source.settings)
     try:
         verify(backbone)
     except NonFiniteError as error:
@@ -157,15 +157,24 @@ def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
         raise CheckpointError(f"{adapter}: this kind of adapter cannot be merged into the weights; use LoRA. ({error})") from error
 
 
-def _load_tokenizer(folder: Path, vocab: int) -> Any:
-    """Load a tokenizer whose every id has a row in the embedding table."""
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a folder.
+
+    Raises:
+        CheckpointError: If there is none, or it does not load.
+    """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise CheckpointError(f"{folder}: no tokenizer ({', '.join(_TOKENIZER_FILES)}); copy it from the base model.")
     try:
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the tokenizers library raises Exception itself
         raise CheckpointError(f"{folder}: its tokenizer does not load: {error}") from error
+
+
+def _own_tokenizer(folder: Path, vocab: int) -> Any:
+    """Load a tokenizer whose every id has a row in the embedding table."""
+    tokenizer = load_tokenizer(folder)
     if len(tokenizer) > vocab:
         raise CheckpointError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {vocab}; they do not belong together.")
     return tokenizer
