@@ -200,7 +200,7 @@ class Embedder:
                     if result.trajectory is not None:
                         result.trajectory[done.index] = done.trajectory
                     bar.update(len(done.index))
-        self._warn_truncated(result, longest)
+        warn_truncated(result, longest=longest, max_length=self.settings.max_length)
         return result
 
     def form(self, precision: Precision = "float32", truncate_dim: int | None = None) -> OutputForm:
@@ -291,15 +291,17 @@ class Embedder:
             truncated=np.zeros(texts, dtype=np.bool_),
         )
 
-    def _warn_truncated(self, result: Refinement, longest: int) -> None:
-        count = int(result.truncated.sum())
-        if count:
-            warnings.warn(
-                f"{count} of {len(result.truncated)} texts were longer than {self.settings.max_length} tokens (the longest has {longest}) "
-                "and lost their end; see Refinement.truncated, or use truncate='error'.",
-                GenembedWarning,
-                stacklevel=_callers_level(),
-            )
+
+def warn_truncated(result: Refinement, *, longest: int, max_length: int) -> None:
+    """Warn of texts that lost their end, at the line that called the package."""
+    count = int(result.truncated.sum())
+    if count:
+        warnings.warn(
+            f"{count} of {len(result.truncated)} texts were longer than {max_length} tokens (the longest has {longest}) "
+            "and lost their end; see Refinement.truncated, or use truncate='error'.",
+            GenembedWarning,
+            stacklevel=_callers_level(),
+        )
 
 
 def load(
@@ -339,9 +341,10 @@ def load(
 
 
 def _callers_level() -> int:
-    """Return the stack level of the first frame outside this file, so that a warning points at the user's line."""
+    """Return the stack level of the first frame outside the package, so that a warning points at the user's line."""
+    package = str(Path(__file__).parent)
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename == __file__:
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
         frame, level = frame.f_back, level + 1
     return level
 

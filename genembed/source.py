@@ -16,6 +16,8 @@ from genembed.settings import ModelSettings, preset_settings
 SETTINGS_FILE = "genembed.json"
 HEAD_FILE = "soft_token_head.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+EXPORT_FILE = "onnx.json"
+"""Only in a folder of ONNX graphs: says what they are."""
 BUILTIN = ("mini",)
 """Names of the models that come with the package."""
 
@@ -203,6 +205,8 @@ def _packaged_base(own: dict[str, Any]) -> Path | None:
 
 def _check_weights(folder: Path) -> None:
     """Refuse a folder without safetensors, or whose index of shards reaches outside it."""
+    if (folder / EXPORT_FILE).is_file():
+        raise CheckpointError(f"{folder}: is an exported model; open it with genembed.export.onnx_embedder.OnnxEmbedder({str(folder)!r}).")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json, so this is not a model folder.")
     for index in folder.glob("*.safetensors.index.json"):

@@ -105,10 +105,17 @@ class PrefillGraph(nn.Module):
 
 
 class StepGraph(nn.Module):
-    """One refinement step: from the newest state to the soft token, and from there to the next state."""
+    """One refinement step: from the newest state to the soft token, and from there to the next state.
 
-    def __init__(self, backbone: Backbone) -> None:
+    Args:
+        backbone: The model.
+        untied: Keep the output embeddings apart from the input embeddings, transposed. onnxruntime's quantisation turns a shared table
+            round for one of its two products, and the other one no longer fits.
+    """
+
+    def __init__(self, backbone: Backbone, *, untied: bool) -> None:
         super().__init__()
+        self.output = backbone.head.weight.T.contiguous() if untied else None
         self.stepper, self.head = backbone.stepper, backbone.head
         self.trained = backbone.trained_head
         self.spoken = backbone.spoken
@@ -126,8 +133,12 @@ class StepGraph(nn.Module):
             positions: Of the new position in each text.
             past: Keys and values of every layer in turns.
         """
-        logits = self.head(last_hidden)
+        logits = self.head(last_hidden) if self.output is None else self._untied(last_hidden, self.output)
         token = hard_token(logits, self.spoken) if self.hard else soft_token(logits, self.spoken, temperature=self.temperature)
         kept = TensorCache(mask[:, None, None, :], past)
         states = _read(self.stepper, (token * self.scale)[:, None], positions[:, None], kept)
         return (states[:, -1], *kept.present)
+
+    def _untied(self, last_hidden: Float[Tensor, "rows hidden"], output: Float[Tensor, "hidden vocab"]) -> Float[Tensor, "rows vocab"]:
+        products = self.head.prepare(last_hidden) @ output
+        return self.head.finish(products if self.head.bias is None else products + self.head.bias)

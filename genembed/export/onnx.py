@@ -22,10 +22,11 @@ from genembed.export.graphs import PrefillGraph, StepGraph, traceable
 from genembed.files import replacing_folder
 from genembed.hub import check_target, write_settings
 from genembed.precision import RANGES_FILE
+from genembed.source import EXPORT_FILE
 from genembed.tokens import TokenBatch
 
-PREFILL, STEP, WEIGHTS, DESCRIPTION = "prefill.onnx", "step.onnx", "weights.data", "onnx.json"
-"""Files of an exported model, beside its settings and its tokenizer."""
+PREFILL, STEP, WEIGHTS = "prefill.onnx", "step.onnx", "weights.data"
+"""Files of an exported model, beside its description, its settings and its tokenizer."""
 
 OPSET = 18
 """The newest that Torch's tracing exporter writes without a conversion."""
@@ -57,7 +58,7 @@ def export_onnx(model: Loaded, folder: Path, *, quantised: bool = False) -> None
         with traceable(model.backbone), _quiet():
             names = _trace_prefill(model, staged / PREFILL)
             if model.backbone.has_head and model.backbone.settings.attention != "bidirectional":
-                _trace_step(model, staged / STEP, names)
+                _trace_step(model, staged / STEP, names, untied=quantised)
         if quantised:
             for path in staged.glob("*.onnx"):
                 _quantise(path)
@@ -100,7 +101,7 @@ def _trace_prefill(model: Loaded, path: Path) -> list[str]:
     return names
 
 
-def _trace_step(model: Loaded, path: Path, names: Sequence[str]) -> None:
+def _trace_step(model: Loaded, path: Path, names: Sequence[str], *, untied: bool) -> None:
     """Write the graph of a step; its inputs of keys and values are called `past.` and the name they come out under."""
     batch = _example(model)
     last, _mean, *kept = PrefillGraph(model.backbone).eval()(batch.input_ids, batch.mask, batch.positions)
@@ -109,7 +110,14 @@ def _trace_step(model: Loaded, path: Path, names: Sequence[str]) -> None:
     axes = {"mask": {0: "rows", 1: "length"}} | _axes(["last_hidden", "positions", "next_hidden"], {0: "rows"})
     axes |= _axes(past, {0: "rows", 2: "kept"}) | _axes(names, {0: "rows", 2: "length"})
     arguments = (last, mask, batch.mask.sum(-1), *kept)
-    _export(StepGraph(model.backbone).eval(), arguments, path, ["last_hidden", "mask", "positions", *past], ["next_hidden", *names], axes)
+    _export(
+        StepGraph(model.backbone, untied=untied).eval(),
+        arguments,
+        path,
+        ["last_hidden", "mask", "positions", *past],
+        ["next_hidden", *names],
+        axes,
+    )
 
 
 def _axes(names: Sequence[str], changing: dict[int, str]) -> dict[str, dict[int, str]]:
@@ -148,7 +156,7 @@ def _export(
 
 
 def _quantise(path: Path) -> None:
-    """Write the products of linear layers in 8 bits, in place; the soft token's average stays as it is."""
+    """Write the products of linear layers in 8 bits, in place; the soft token is made in the precision it has."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quiet():
@@ -164,11 +172,12 @@ def _quantise(path: Path) -> None:
 
 
 def _products_of_the_vocabulary(path: Path) -> list[str]:
-    """Return the names of the products outside the backbone: the logits and the average over the vocabulary."""
+    """Return the names of the products outside the layers: the head and the average over the vocabulary, where rounding tells most."""
     import onnx
 
     graph = onnx.load(str(path), load_external_data=False).graph
-    return [node.name for node in graph.node if node.op_type in ("MatMul", "Gemm") and not node.name.startswith(("/base/", "/stepper/"))]
+    names = [node.name for node in graph.node if node.op_type in ("MatMul", "Gemm") and not node.name.startswith(("/base/", "/stepper/"))]
+    return [*names, *(f"{name}_MatMul" for name in names)]  # as the quantiser calls a Gemm that it has taken apart
 
 
 def _share_weights(folder: Path) -> None:
@@ -214,7 +223,7 @@ def _write_description(model: Loaded, folder: Path, *, layers: int, quantised: b
         "max_positions": backbone.max_positions,
         "genembed": genembed.__version__,
     }
-    (folder / DESCRIPTION).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    (folder / EXPORT_FILE).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     write_settings(model.backbone.settings, folder)
     model.tokenizer.tokenizer.save_pretrained(folder)
     if source.ranges is not None:

@@ -13,15 +13,14 @@ from torch import Tensor
 
 from genembed.checkpoint import load_tokenizer
 from genembed.decode import Refined
-from genembed.embedder import Refinement, similarity
+from genembed.embedder import Refinement, similarity, warn_truncated
 from genembed.errors import CheckpointError, ConfigurationError, InputError, missing_extra
 from genembed.halting import FixedSteps, HaltingRule
 from genembed.precision import RANGES_FILE, OutputForm, Precision, form_of, ranges_from_json
 from genembed.settings import ModelSettings
-from genembed.source import SETTINGS_FILE, read_json
+from genembed.source import EXPORT_FILE, SETTINGS_FILE, read_json
 from genembed.tokens import PromptTokenizer, TokenBatch
 
-_DESCRIPTION = "onnx.json"
 _BATCH_TOKENS = 8_192
 """Padded prompt tokens in one batch."""
 
@@ -69,11 +68,11 @@ class OnnxEmbedder:
 
     def __init__(self, folder: str | Path, *, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
         self.folder = Path(folder)
-        if not (self.folder / _DESCRIPTION).is_file():
+        if not (self.folder / EXPORT_FILE).is_file():
             raise CheckpointError(
-                f"{self.folder}: no {_DESCRIPTION}, so this is no exported model; make one: genembed convert MODEL OUT --to onnx"
+                f"{self.folder}: no {EXPORT_FILE}, so this is no exported model; make one: genembed convert MODEL OUT --to onnx"
             )
-        self.description = read_json(self.folder / _DESCRIPTION)
+        self.description = read_json(self.folder / EXPORT_FILE)
         settings = self.folder / SETTINGS_FILE
         self.settings = ModelSettings.from_json(read_json(settings), source=str(settings))
         self.tokenizer = PromptTokenizer(load_tokenizer(self.folder), self.settings)
@@ -178,6 +177,7 @@ class OnnxEmbedder:
                 done.check()
                 result.vectors[done.index], result.steps[done.index] = done.vectors, done.steps
                 result.stability[done.index] = done.stability
+        warn_truncated(result, longest=tokenised.longest, max_length=self.settings.max_length)
         return result
 
     @torch.no_grad()
