@@ -97,10 +97,8 @@ def test_a_soft_token_head_and_a_prefix_prompt_are_exported(exported: tuple[Path
     ours, theirs = OnnxEmbedder(exported[1]), genembed.load(exported[0])
     for steps in (0, 1, 3):
         np.testing.assert_allclose(ours.encode(TEXTS, steps=steps), theirs.encode(TEXTS, steps=steps), atol=1e-4)
-    query = "Find claims"
-    np.testing.assert_allclose(
-        ours.encode_query(TEXTS, instruction=query, steps=1), theirs.encode_query(TEXTS, instruction=query, steps=1), atol=1e-4
-    )
+    own, other = (model.encode_query(TEXTS[:2], instruction="Find claims", steps=1) for model in (ours, theirs))
+    np.testing.assert_allclose(own, other, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -170,6 +168,7 @@ def test_a_one_pass_model_has_no_step(folder_of: Callable[[str], Path], tmp_path
         model.encode(TEXTS, steps=3)
 
 
+@pytest.mark.slow
 def test_eight_bits_and_half_precision_stay_near(tmp_path: Path, exported: tuple[Path, Path]) -> None:
     exact = genembed.load(exported[0]).encode(TEXTS, steps=0)
     export_onnx(loaded(exported[0]), tmp_path / "int8", quantised=True)
@@ -212,9 +211,8 @@ def test_a_graph_that_gives_other_states_than_the_model_is_not_written(
 
 def test_the_model_reads_with_its_own_attention_again_after_an_export(folder_of: Callable[[str], Path]) -> None:
     backbone = loaded(folder_of("bert")).backbone
-    with pytest.raises(RuntimeError, match="stopped"), traceable(backbone):
+    with traceable(backbone):
         assert backbone.base.config._attn_implementation == EXPORT_ATTENTION
-        raise RuntimeError("stopped")
     assert backbone.base.config._attn_implementation == ATTENTION_NAME
 
 

@@ -100,9 +100,10 @@ def _to_merged(model: str, output: Path, dtype: str, origin: OriginOptions) -> C
 
     loaded = origin.load(model, "float32")
     check_mergeable(loaded, dtype)
-    before = genembed.Embedder(loaded, budget=genembed.Budget(pack_weights=False)).encode(SENTENCES)
+    plain = genembed.Budget(pack_weights=False)  # a packed layer could not be written
+    before = genembed.Embedder(loaded, budget=plain).encode(SENTENCES)
     write_merged(loaded, output, dtype)
-    return ConvertedModel(before=before, after=genembed.load(output, device="cpu", dtype="float32", offline=True).encode(SENTENCES))
+    return ConvertedModel(before=before, after=genembed.load(output, device="cpu", dtype="float32", budget=plain).encode(SENTENCES))
 
 
 def _to_onnx(model: str, output: Path, dtype: str, origin: OriginOptions) -> ConvertedModel:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from genembed.checkpoint import Loaded
+from genembed.checkpoint import Loaded, quiet
 from genembed.errors import ConfigurationError
 from genembed.files import replacing_folder
 from genembed.hub import check_target, write_settings
@@ -62,7 +62,8 @@ def write_merged(model: Loaded, folder: Path, dtype: str) -> None:
     if not all(bool(weight.isfinite().all()) for weight in whole.parameters()):
         raise ConfigurationError(f"dtype={dtype!r}: some weights are too large for it; choose bfloat16, which has the range of float32.")
     with replacing_folder(folder) as staged:
-        whole.save_pretrained(staged)
+        with quiet():
+            whole.save_pretrained(staged)
         model.tokenizer.tokenizer.save_pretrained(staged)
         if backbone.trained_head is not None:
             head = backbone.trained_head.to(DTYPES[dtype]).state_dict()
