@@ -53,7 +53,7 @@ def load(source: Source, *, device: str, dtype: str | torch.dtype) -> Loaded:
     for part in parts:
         part.to(target).eval().requires_grad_(False)
     backbone = Backbone(model, source.settings, head=head, stepper=stepper, has_head=has_head or head is not None)
-    tokenizer = PromptTokenizer(_load_tokenizer(source.tokenizer, len(backbone.table)), source.settings)
+    tokenizer = PromptTokenizer(_own_tokenizer(source.tokenizer, len(backbone.table)), source.settings)
     try:
         verify(backbone)
     except NonFiniteError as error:
@@ -74,7 +74,7 @@ def _load_model(source: Source, dtype: torch.dtype | str) -> tuple[PreTrainedMod
         _check_encoder(source)
         config.is_decoder = True
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -135,7 +135,7 @@ def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     from peft.utils import get_peft_model_state_dict
 
     try:
-        with _quiet(), warnings.catch_warnings(record=True):
+        with quiet(), warnings.catch_warnings(record=True):
             warnings.simplefilter("always")
             peft_model = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
             stored = set(load_file(adapter / ADAPTER_WEIGHTS))
@@ -151,21 +151,30 @@ def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
             f"{adapter}: does not fit the base model {model.config.name_or_path!r}: {len(odd)} weights have no counterpart, first {odd[0]}."
         )
     try:
-        with _quiet():
+        with quiet():
             return peft_model.merge_and_unload()  # type: ignore[no-any-return]
     except (AttributeError, NotImplementedError, ValueError) as error:
         raise CheckpointError(f"{adapter}: this kind of adapter cannot be merged into the weights; use LoRA. ({error})") from error
 
 
-def _load_tokenizer(folder: Path, vocab: int) -> Any:
-    """Load a tokenizer whose every id has a row in the embedding table."""
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a folder.
+
+    Raises:
+        CheckpointError: If there is none, or it does not load.
+    """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise CheckpointError(f"{folder}: no tokenizer ({', '.join(_TOKENIZER_FILES)}); copy it from the base model.")
     try:
-        with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with quiet():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the tokenizers library raises Exception itself
         raise CheckpointError(f"{folder}: its tokenizer does not load: {error}") from error
+
+
+def _own_tokenizer(folder: Path, vocab: int) -> Any:
+    """Load a tokenizer whose every id has a row in the embedding table."""
+    tokenizer = load_tokenizer(folder)
     if len(tokenizer) > vocab:
         raise CheckpointError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {vocab}; they do not belong together.")
     return tokenizer
@@ -218,7 +227,7 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep Transformers' loading tables and bars off the terminal; what matters in them is checked and raised by us."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)

@@ -11,23 +11,24 @@ from typing import Literal, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from tqdm import tqdm
 
-from genembed import checkpoint, source
+from genembed import checkpoint, hub, source
 from genembed.budget import DEFAULT_BUDGET, Budget
 from genembed.checkpoint import Loaded
 from genembed.engine import Engine
 from genembed.errors import ConfigurationError, GenembedWarning, InputError
 from genembed.halting import FixedSteps, HaltingRule
+from genembed.precision import OutputForm, Precision, form_of
 from genembed.settings import ModelSettings
 from genembed.tokens import Tokenised, check_texts
 
 _WINDOW = 8_192
 """Texts that are tokenised and sorted by length together: memory stays bounded however many there are."""
 
-Vector = Float[np.ndarray, "hidden"]
-Vectors = Float[np.ndarray, "texts hidden"]
+Vector = Shaped[np.ndarray, "codes"]
+Vectors = Shaped[np.ndarray, "texts codes"]
 
 
 class EncodeOptions(TypedDict, total=False):
@@ -37,6 +38,13 @@ class EncodeOptions(TypedDict, total=False):
     steps: int | None
     truncate: Literal["right", "error"]
     show_progress_bar: bool
+
+
+class OutputOptions(EncodeOptions, total=False):
+    """Keywords of `encode` and its relatives; the further ones are those of `Embedder.form`."""
+
+    precision: Precision
+    truncate_dim: int | None
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,7 @@ class Embedder:
         self.settings = loaded.backbone.settings
         self.backbone = loaded.backbone
         self.tokenizer = loaded.tokenizer
+        self.ranges = source.ranges_of(loaded.source)
         self.engine = Engine(loaded.backbone, budget)
 
     def __repr__(self) -> str:
@@ -79,38 +88,65 @@ class Embedder:
         return self.backbone.hidden_size
 
     @overload
-    def encode(self, texts: str, *, instruction: str | None = None, **options: Unpack[EncodeOptions]) -> Vector: ...
+    def encode(
+        self,
+        texts: str,
+        *,
+        instruction: str | None = None,
+        precision: Precision = "float32",
+        truncate_dim: int | None = None,
+        **options: Unpack[EncodeOptions],
+    ) -> Vector: ...
     @overload
-    def encode(self, texts: Sequence[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]) -> Vectors: ...
-    def encode(self, texts: str | Sequence[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]) -> np.ndarray:
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str | None = None,
+        precision: Precision = "float32",
+        truncate_dim: int | None = None,
+        **options: Unpack[EncodeOptions],
+    ) -> Vectors: ...
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        instruction: str | None = None,
+        precision: Precision = "float32",
+        truncate_dim: int | None = None,
+        **options: Unpack[EncodeOptions],
+    ) -> np.ndarray:
         """Embed texts as they are, or under an instruction.
 
         Args:
             texts: Texts; a single string gives a single vector, as in sentence-transformers.
             instruction: What the embedding is for; without one the texts are read bare.
+            precision: In which numbers the vectors are given, as for `form`.
+            truncate_dim: Keep so many leading dimensions, as for `form`.
             **options: `halt`, `steps`, `truncate` and `show_progress_bar`, as for `refine`.
 
         Returns:
-            float32 unit vectors, one for each text, in order.
+            Unit vectors, one for each text, in order: float32, or what `precision` makes of them.
         """
+        form = self.form(precision, truncate_dim)
         if isinstance(texts, str):
-            return np.asarray(self.refine([texts], instruction=instruction, **options).vectors[0])
-        return self.refine(texts, instruction=instruction, **options).vectors
+            return form(np.asarray(self.refine([texts], instruction=instruction, **options).vectors[0]))
+        return form(self.refine(texts, instruction=instruction, **options).vectors)
 
     @overload
-    def encode_query(self, texts: str, *, instruction: str | None = None, **options: Unpack[EncodeOptions]) -> Vector: ...
+    def encode_query(self, texts: str, *, instruction: str | None = None, **options: Unpack[OutputOptions]) -> Vector: ...
     @overload
-    def encode_query(self, texts: Sequence[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]) -> Vectors: ...
-    def encode_query(self, texts: str | Sequence[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]) -> np.ndarray:
+    def encode_query(self, texts: Sequence[str], *, instruction: str | None = None, **options: Unpack[OutputOptions]) -> Vectors: ...
+    def encode_query(self, texts: str | Sequence[str], *, instruction: str | None = None, **options: Unpack[OutputOptions]) -> np.ndarray:
         """Embed queries under an instruction, the model's own one if none is given (see `genembed info`)."""
         return self.encode(texts, instruction=self.settings.query_instruction if instruction is None else instruction, **options)
 
     @overload
-    def encode_document(self, texts: str, *, instruction: str | None = None, **options: Unpack[EncodeOptions]) -> Vector: ...
+    def encode_document(self, texts: str, *, instruction: str | None = None, **options: Unpack[OutputOptions]) -> Vector: ...
     @overload
-    def encode_document(self, texts: Sequence[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]) -> Vectors: ...
+    def encode_document(self, texts: Sequence[str], *, instruction: str | None = None, **options: Unpack[OutputOptions]) -> Vectors: ...
     def encode_document(
-        self, texts: str | Sequence[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]
+        self, texts: str | Sequence[str], *, instruction: str | None = None, **options: Unpack[OutputOptions]
     ) -> np.ndarray:
         """Embed documents; bare for most models, as they were trained (see `genembed info`)."""
         return self.encode(texts, instruction=self.settings.document_instruction if instruction is None else instruction, **options)
@@ -164,14 +200,62 @@ class Embedder:
                     if result.trajectory is not None:
                         result.trajectory[done.index] = done.trajectory
                     bar.update(len(done.index))
-        self._warn_truncated(result, longest)
+        warn_truncated(result, longest=longest, max_length=self.settings.max_length)
         return result
+
+    def form(self, precision: Precision = "float32", truncate_dim: int | None = None) -> OutputForm:
+        """Return the form vectors are given away in: a function that makes it of float32 vectors, and another that undoes it.
+
+        Args:
+            precision: `float32`, `float16`, `int8`, `uint8`, `binary` or `ubinary`, as in sentence-transformers. The ranges of eight bits
+                come from the model's folder, never from the batch.
+            truncate_dim: Keep so many leading dimensions, of those that the model was trained for (`ModelSettings.matryoshka_dims`), and
+                make the vector unit length again.
+
+        Raises:
+            ConfigurationError: If the model cannot give this form; the message has the way out.
+        """
+        return form_of(
+            precision, truncate_dim, hidden=self.get_embedding_dimension(), trained=self.settings.matryoshka_dims, ranges=self.ranges
+        )
 
     def similarity(
         self, queries: Float[np.ndarray, "*queries hidden"], documents: Float[np.ndarray, "*documents hidden"]
     ) -> Float[np.ndarray, "queries documents"]:
         """Return the cosine of every query with every document; a single vector counts as one row."""
-        return np.asarray(_unit(queries) @ _unit(documents).T)
+        return similarity(queries, documents)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model to a folder that `genembed.load` reads, and that gives the same vectors; it is complete or absent.
+
+        An adapter is written as an adapter that names its base, full weights in full, in the dtype they were loaded from.
+
+        Args:
+            folder: Created; must not exist, or be empty.
+
+        Raises:
+            ConfigurationError: If it cannot be made.
+        """
+        hub.save(self.source, self.settings, Path(folder))
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool = False, token: str | None = None, commit_message: str = "Upload a genembed model"
+    ) -> str:
+        """Put the model on the Hugging Face hub, with a card made from its settings and the records in its folder.
+
+        Args:
+            repo_id: Owner and name, as "owner/name".
+            private: Whether a new repository is seen by its owner alone.
+            token: Of the hub; the one that `hf auth login` stored if None.
+            commit_message: Of the upload.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ConfigurationError: If an adapter's base is a folder of this machine, which nobody else could load, or the hub refuses.
+        """
+        return hub.push(self.source, self.settings, repo_id, private=private, token=token, commit_message=commit_message)
 
     def first_prompt(self, text: str, *, instruction: str | None = None) -> str:
         """Return the exact string the model reads for a text, special tokens included."""
@@ -207,15 +291,17 @@ class Embedder:
             truncated=np.zeros(texts, dtype=np.bool_),
         )
 
-    def _warn_truncated(self, result: Refinement, longest: int) -> None:
-        count = int(result.truncated.sum())
-        if count:
-            warnings.warn(
-                f"{count} of {len(result.truncated)} texts were longer than {self.settings.max_length} tokens (the longest has {longest}) "
-                "and lost their end; see Refinement.truncated, or use truncate='error'.",
-                GenembedWarning,
-                stacklevel=_callers_level(),
-            )
+
+def warn_truncated(result: Refinement, *, longest: int, max_length: int) -> None:
+    """Warn of texts that lost their end, at the line that called the package."""
+    count = int(result.truncated.sum())
+    if count:
+        warnings.warn(
+            f"{count} of {len(result.truncated)} texts were longer than {max_length} tokens (the longest has {longest}) "
+            "and lost their end; see Refinement.truncated, or use truncate='error'.",
+            GenembedWarning,
+            stacklevel=_callers_level(),
+        )
 
 
 def load(
@@ -255,11 +341,26 @@ def load(
 
 
 def _callers_level() -> int:
-    """Return the stack level of the first frame outside this file, so that a warning points at the user's line."""
+    """Return the stack level of the first frame outside the package, so that a warning points at the user's line."""
+    package = str(Path(__file__).parent)
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename == __file__:
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def similarity(
+    queries: Float[np.ndarray, "*queries hidden"], documents: Float[np.ndarray, "*documents hidden"]
+) -> Float[np.ndarray, "queries documents"]:
+    """Return the cosine of every query with every document; a single vector counts as one row.
+
+    Raises:
+        ConfigurationError: If the vectors are codes: their products are no cosines.
+    """
+    codes = [one.dtype for one in (np.asarray(queries), np.asarray(documents)) if one.dtype.kind in "iu"]
+    if codes:
+        raise ConfigurationError(f"similarity of {codes[0]} codes: give vectors, form.restore(codes) of form = model.form(precision=...).")
+    return np.asarray(_unit(queries) @ _unit(documents).T)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

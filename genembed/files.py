@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int, Shaped
 from tqdm import tqdm
 
 from genembed.errors import ConfigurationError, InputError, missing_extra
@@ -38,7 +38,7 @@ class VectorRows:
     """What is written for each text."""
 
     ids: Sequence[str]
-    vectors: Float[np.ndarray, "texts hidden"]
+    vectors: Shaped[np.ndarray, "texts codes"]
     steps: Int[np.ndarray, "texts"]
     truncated: Bool[np.ndarray, "texts"]
 
@@ -202,7 +202,7 @@ def vector_file(target: str | Path) -> Iterator[Callable[[VectorRows], None]]:
     """Open a file for vectors and give the function that writes them; the file appears only when all is written.
 
     Args:
-        target: `.npy` (float32, one row for each text), `.parquet` or `.jsonl` (id, vector, steps, truncated), or `-` for
+        target: `.npy` (one row for each text), `.parquet` or `.jsonl` (id, vector, steps, truncated), or `-` for
             JSON lines on stdout.
 
     Raises:
@@ -326,15 +326,15 @@ def _write_npy(file: Binary, rows: VectorRows) -> None:
 def _write_jsonl(file: Binary, rows: VectorRows) -> None:
     columns = zip(rows.ids, rows.vectors, rows.steps.tolist(), rows.truncated.tolist(), strict=True)
     for identifier, vector, steps, truncated in tqdm(columns, total=len(rows.ids), desc="writing", unit="text", delay=1, leave=False):
-        # Nine digits give every float32 back exactly; seventeen would only be longer.
-        numbers = [float(f"{value:.9g}") for value in vector.tolist()]
+        # Nine digits give every float32 back exactly; seventeen would only be longer. Codes are whole numbers.
+        numbers = vector.tolist() if vector.dtype.kind in "iu" else [float(f"{value:.9g}") for value in vector.tolist()]
         line = json.dumps({"id": identifier, "vector": numbers, "steps": steps, "truncated": truncated}, ensure_ascii=False)
         file.write(line.encode() + b"\n")
 
 
 def _write_parquet(file: Binary, rows: VectorRows) -> None:
     arrow, parquet = _arrow()
-    flat = arrow.array(np.ascontiguousarray(rows.vectors).reshape(-1), type=arrow.float32())
+    flat = arrow.array(np.ascontiguousarray(rows.vectors).reshape(-1))
     columns = {
         "id": arrow.array(list(rows.ids), type=arrow.string()),
         "vector": arrow.FixedSizeListArray.from_arrays(flat, rows.vectors.shape[1]),

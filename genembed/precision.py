@@ -66,7 +66,7 @@ def ranges_to_json(ranges: Mapping[int, Ranges], **about: Any) -> dict[str, Any]
         ranges: By number of dimensions: a cut vector is made unit length again, so its values are larger.
         **about: What else the file says, such as how many texts were measured.
     """
-    pairs = {str(dims): {"minimum": own.minimum.tolist(), "maximum": own.maximum.tolist()} for dims, own in ranges.items()}
+    pairs = {str(dims): {"minimum": _numbers(own.minimum), "maximum": _numbers(own.maximum)} for dims, own in ranges.items()}
     return {"format_version": _RANGES_VERSION, **about, "dimensions": pairs}
 
 
@@ -92,6 +92,10 @@ def ranges_from_json(value: Mapping[str, Any], *, source: str) -> dict[int, Rang
     if wrong is not None:
         raise CheckpointError(f"{source}: {len(result[wrong])} ranges are given for {wrong} dimensions.")
     return result
+
+
+def _numbers(values: Float[np.ndarray, "dimensions"]) -> list[float]:
+    return [float(f"{value:.9g}") for value in values.tolist()]  # nine digits give every float32 back exactly
 
 
 def _row(values: Any) -> Float[np.ndarray, "dimensions"]:
@@ -132,6 +136,26 @@ class OutputForm:
     def restore(self, codes: Shaped[np.ndarray, "*texts codes"]) -> Float[np.ndarray, "*texts dimensions"]:
         """Return float32 unit vectors as near as can be to those that became these codes."""
         return dequantise(codes, self.precision, self.ranges)
+
+
+def form_of(
+    precision: Precision, truncate_dim: int | None, *, hidden: int, trained: Sequence[int], ranges: Mapping[int, Ranges]
+) -> OutputForm:
+    """Return the form that a model's vectors are wanted in.
+
+    Args:
+        precision: In which numbers.
+        truncate_dim: How many dimensions; all if None.
+        hidden: Dimensions of the model's vectors.
+        trained: Cuts that the model was trained for.
+        ranges: The model's own, by number of dimensions.
+
+    Raises:
+        ConfigurationError: If the model cannot give this form; the message has those that it can.
+    """
+    dimensions = hidden if truncate_dim is None else truncate_dim
+    check_dimensions(dimensions, hidden=hidden, trained=trained)
+    return OutputForm(precision=precision, dimensions=dimensions, ranges=ranges.get(dimensions))
 
 
 def check_dimensions(dimensions: int, *, hidden: int, trained: Sequence[int], name: str = "truncate_dim") -> None:

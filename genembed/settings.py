@@ -59,6 +59,8 @@ class ModelSettings:
     parallel_passes: int = 0
     """0: one soft token after the other, exactly. J: all of them at once, in J passes (`genembed.parallel`); several times faster for
     a text at a time, and slower in large batches."""
+    matryoshka_dims: tuple[int, ...] = ()
+    """Numbers of leading dimensions that the model was trained to be cut to, ascending; the full width needs no naming."""
 
     def __post_init__(self) -> None:
         """Check each value and the combinations that cannot work."""
@@ -90,6 +92,9 @@ class ModelSettings:
             raise ConfigurationError(f"max_length={self.max_length!r}: a whole number of tokens is needed.")
         if not isinstance(self.parallel_passes, int) or isinstance(self.parallel_passes, bool) or self.parallel_passes < 0:
             raise ConfigurationError(f"parallel_passes={self.parallel_passes!r}: a whole number is needed; 0 refines step by step.")
+        dims = self.matryoshka_dims
+        if not isinstance(dims, tuple) or not all(type(one) is int and one > 0 for one in dims) or list(dims) != sorted(set(dims)):
+            raise ConfigurationError(f"matryoshka_dims={dims!r}: ascending numbers of dimensions are needed, such as [64, 128].")
         if self.special_tokens not in ("tokenizer", "eos") and not _is_pair_of_names(self.special_tokens):
             raise ConfigurationError(
                 f"special_tokens={self.special_tokens!r}: 'tokenizer', 'eos', or names before and after, as [['[CLS]'], ['[SEP]']]."
@@ -147,6 +152,8 @@ class ModelSettings:
             if isinstance(value.get("special_tokens"), list):
                 before, after = value["special_tokens"]
                 value["special_tokens"] = (tuple(before), tuple(after))
+            if isinstance(value.get("matryoshka_dims"), list):
+                value["matryoshka_dims"] = tuple(value["matryoshka_dims"])
             return cls(**value)
         except (TypeError, ValueError) as error:
             raise ConfigurationError(f"{source}: {error}") from error

@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from genembed.errors import CheckpointError, ConfigurationError
+from genembed.precision import RANGES_FILE, Ranges, ranges_from_json
 from genembed.settings import ModelSettings, preset_settings
 
 SETTINGS_FILE = "genembed.json"
 HEAD_FILE = "soft_token_head.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+EXPORT_FILE = "onnx.json"
+"""Only in a folder of ONNX graphs: says what they are."""
 BUILTIN = ("mini",)
 """Names of the models that come with the package."""
 
 _HUB_DOUBLES = ["consolidated*", "*/*"]
 """The same weights once more, in another layout."""
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+"""What a model folder may be made of."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Source:
     """The adapter that was named beside the model; None if there is none, or the model's own folder is one."""
     preset: str | ModelSettings | None = None
     """What was given instead of the folder's own settings."""
+    ranges: Path | None = None
+    """Ranges of the dimensions, for output in int8."""
 
 
 def resolve(path_or_id: str | Path, *, adapter: str | Path | None, preset: str | ModelSettings | None, offline: bool) -> Source:
@@ -57,10 +63,25 @@ def resolve(path_or_id: str | Path, *, adapter: str | Path | None, preset: str |
     own = [place for place in (extra, folder) if place is not None and (place / SETTINGS_FILE).is_file()]
     settings = _settings(own[0] if own else None, preset, str(path_or_id))
     _check_weights(folder)
-    head = next((place / HEAD_FILE for place in (extra, folder) if place is not None and (place / HEAD_FILE).is_file()), None)
+    places = [place for place in (extra, folder) if place is not None]
+    head, ranges = (next((place / name for place in places if (place / name).is_file()), None) for name in (HEAD_FILE, RANGES_FILE))
     tokenizer = extra if extra is not None and (extra / "tokenizer.json").is_file() else folder
     named = None if adapter is None else str(adapter)
-    return Source(str(path_or_id), settings, folder, extra, head, tokenizer, named_adapter=named, preset=preset)
+    return Source(str(path_or_id), settings, folder, extra, head, tokenizer, named_adapter=named, preset=preset, ranges=ranges)
+
+
+def ranges_of(source: Source) -> dict[int, Ranges]:
+    """Return a model's ranges by number of dimensions; none where its folder has none.
+
+    Raises:
+        CheckpointError: If the file of them cannot be read.
+    """
+    return {} if source.ranges is None else ranges_from_json(read_json(source.ranges), source=str(source.ranges))
+
+
+def is_hub_double(name: str) -> bool:
+    """Whether a file holds the same weights once more, in another layout."""
+    return name.startswith("consolidated")
 
 
 def sha256(path: Path) -> str:
@@ -88,7 +109,7 @@ def _download(repo_id: str, *, offline: bool) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DOUBLES, local_files_only=offline))
+        return Path(snapshot_download(repo_id, allow_patterns=MODEL_FILES, ignore_patterns=_HUB_DOUBLES, local_files_only=offline))
     except LocalEntryNotFoundError as error:
         reason, way_out = (
             ("", "load it once without offline=True")
@@ -134,8 +155,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def _base_of(adapter: Path, *, offline: bool) -> Path:
     """Find the base model an adapter folder names."""
     named = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    package = _declared_base(adapter).get("package")
-    base = _packaged_base(_declared_base(adapter))
+    package = declared_base(adapter).get("package")
+    base = _packaged_base(declared_base(adapter))
     if base is None:
         if not named:
             raise CheckpointError(
@@ -151,7 +172,7 @@ def _base_of(adapter: Path, *, offline: bool) -> Path:
     return base
 
 
-def _declared_base(adapter: Path) -> dict[str, Any]:
+def declared_base(adapter: Path) -> dict[str, Any]:
     """Return what an adapter's settings file says of its base model; nothing for published adapters."""
     own = read_json(adapter / SETTINGS_FILE).get("base", {}) if (adapter / SETTINGS_FILE).is_file() else {}
     if not isinstance(own, dict):
@@ -161,7 +182,7 @@ def _declared_base(adapter: Path) -> dict[str, Any]:
 
 def _check_base(adapter: Path, base: Path) -> None:
     """Refuse a base model with other weights than the adapter was trained over, where the adapter says which."""
-    expected = _declared_base(adapter).get("sha256")
+    expected = declared_base(adapter).get("sha256")
     weights = base / "model.safetensors"
     if expected is not None and (found := sha256(weights) if weights.is_file() else "absent") != expected:
         raise CheckpointError(
@@ -184,6 +205,8 @@ def _packaged_base(own: dict[str, Any]) -> Path | None:
 
 def _check_weights(folder: Path) -> None:
     """Refuse a folder without safetensors, or whose index of shards reaches outside it."""
+    if (folder / EXPORT_FILE).is_file():
+        raise CheckpointError(f"{folder}: is an exported model; open it with genembed.export.onnx_embedder.OnnxEmbedder({str(folder)!r}).")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json, so this is not a model folder.")
     for index in folder.glob("*.safetensors.index.json"):

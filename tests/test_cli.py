@@ -26,7 +26,10 @@ from genembed.engine import Engine
 from genembed.index import demo
 
 HALT = ConvergeStop(threshold=0.95, max_steps=6)
-VERBS = ("demo", "embed", "index", "search", "serve", "info", "mine", "train", "calibrate", "analyse", "evaluate", "tokens", "cost", "job")
+VERBS = (
+    *("demo", "embed", "index", "search", "serve", "info", "mine", "train", "calibrate", "calibrate-ranges", "convert", "analyse"),
+    *("evaluate", "tokens", "cost", "job"),
+)
 
 
 @dataclass

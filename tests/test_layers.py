@@ -25,7 +25,8 @@ LAYERS = (
     ("backbone",),
     ("verify", "refine"),
     ("decode",),
-    ("engine", "checkpoint"),
+    ("engine", "checkpoint", "card"),
+    ("hub",),
     ("embedder",),
 )
 """From the first to the last; everything else is a ring around them."""
@@ -56,6 +57,9 @@ ALLOWED = {
     "scipy": ("analyse/", "evaluate/"),
     "sklearn": ("evaluate/",),
     "sentence_transformers": ("evaluate/",),
+    "onnx": ("export/",),
+    "onnxruntime": ("export/",),
+    "huggingface_hub": ("source.py", "hub.py"),
 }
 """The only places of the package that may import these third parties."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import threading
 import time
@@ -21,6 +22,7 @@ import torch
 from genembed import Budget, ConvergeStop, Embedder, FixedSteps, load
 from genembed.cli.serving import _key
 from genembed.errors import ConfigurationError
+from genembed.precision import Ranges, truncate
 from genembed.serve.limits import Limits
 from genembed.serve.service import Service
 from serving import NAME, served
@@ -63,6 +65,26 @@ def embed(url: str, path: str = "/v1/embeddings", **fields: Any) -> httpx.Respon
 def vectors(response: httpx.Response) -> np.ndarray:
     assert response.status_code == 200, response.text
     return np.asarray([one["embedding"] for one in response.json()["data"]], dtype=np.float32)
+
+
+def test_codes_and_trained_cuts_are_answered_and_others_refused_before_anything_is_embedded(embedder: Embedder) -> None:
+    model = copy.copy(embedder)
+    model.settings = replace(embedder.settings, matryoshka_dims=(8,))
+    expected = embedder.encode(TEXTS, steps=2)
+    model.ranges = {dims: Ranges.of(truncate(np.concatenate([expected, -expected]), dims)) for dims in (8, 32)}
+    with served(model, limits=LIMITS) as (url, _):
+        cut = truncate(expected, 8)
+        np.testing.assert_allclose(vectors(embed(url, input=TEXTS, steps=2, dimensions=8)), cut, atol=1e-5)
+        asked = {"texts": TEXTS, "input_type": "search_document", "steps": 2, "output_dimension": 8}
+        given = embed(url, "/v2/embed", **asked, embedding_types=["int8", "ubinary", "float"]).json()["embeddings"]
+        np.testing.assert_allclose(given["float"], cut, atol=1e-5)
+        np.testing.assert_array_equal(given["ubinary"], np.packbits(cut > 0, axis=-1))
+        assert np.abs(np.asarray(given["int8"]) - model.form("int8", 8)(cut)).max() <= 1
+        assert "trained to give 8, 32 dimensions" in embed(url, "/embed", inputs=TEXTS, dimensions=16).text
+        model.ranges = {}
+        refused = embed(url, "/v2/embed", **asked, embedding_types=["int8"])
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "embedding_types")
+        assert "the model has no ranges for vectors of 8 dimensions" in refused.text
 
 
 def test_openai_answers_are_the_embedders_vectors_with_usage_and_metadata(url: str, embedder: Embedder) -> None:
@@ -172,7 +194,7 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"input": "a", "halt": {"rule": "Never"}}, 400, "'Never' is unknown"),
     ({"input": "a", "halt": {"rule": "ConvergeStop", "threshold": 0.9, "patience": 9}}, 400, "patience=9: at most 8"),
     ({"input": "a", "deadline_ms": 0}, 400, "deadline_ms=0"),
-    ({"input": "a", "dimensions": 16}, 400, "gives 32 dimensions, and was not trained to give fewer"),
+    ({"input": "a", "dimensions": 16}, 400, "dimensions=16: this model was not trained to give fewer than 32 dimensions"),
     ({"input": "a", "encoding_format": "hex"}, 400, "encoding_format"),
     ({"input": "a", "input_type": "poem"}, 400, "'poem' is no purpose"),
     ({"input": "a", "input_type": "query", "instruction": "x"}, 400, "both say what the texts are for"),

@@ -25,6 +25,7 @@ OTHER = ModelSettings(
     max_length=77,
     adapter_positions="generated",
     parallel_passes=2,
+    matryoshka_dims=(16, 24),
 )
 """Differs from the defaults in every field but `tokens`."""
 
@@ -79,6 +80,10 @@ def test_another_format_version_is_refused(version: Any) -> None:
         {"attention": ["causal"]},
         {"query_instruction": 5},
         {"attention": "sideways"},
+        {"matryoshka_dims": 64},
+        {"matryoshka_dims": [64, 32]},
+        {"matryoshka_dims": [0, 32]},
+        {"matryoshka_dims": ["64"]},
     ],
     ids=str,
 )

@@ -20,6 +20,7 @@ except ModuleNotFoundError:  # the console script imports this module before any
 
 from genembed.cli.analysing import analyse
 from genembed.cli.calibrating import calibrate
+from genembed.cli.converting import calibrate_ranges, convert
 from genembed.cli.costing import cost
 from genembed.cli.embedding import embed, info
 from genembed.cli.evaluating import evaluate
@@ -38,7 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in (demo, embed, index, search, serve, info, mine, train, calibrate, analyse, evaluate, tokens, cost):
+for verb in (demo, embed, index, search, serve, info, mine, train, calibrate, calibrate_ranges, convert, analyse, evaluate, tokens, cost):
     app.command()(verb)
 app.add_typer(jobs, name="job")
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import genembed
-from genembed.cli.options import FileOptions, Json, LoadOptions, Model, RefineOptions, command
+from genembed.cli.options import FileOptions, FormOptions, Json, LoadOptions, Model, RefineOptions, command
 from genembed.cli.output import print_result, with_bar
 from genembed.errors import ConfigurationError, TextError
 
@@ -26,6 +26,7 @@ def embed(
     as_json: Json = False,
     loading: LoadOptions,
     refining: RefineOptions,
+    writing: FormOptions,
     reading: FileOptions,
 ) -> None:
     """Turn the texts of a file into vectors. Without an instruction each text is read bare."""
@@ -35,24 +36,27 @@ def embed(
     with vector_file(output) as write:
         records = list(with_bar(read_texts(source, **asdict(reading)), "reading"))
         embedder = loading.load(model)
+        form = writing.form(embedder)
         begin = time.perf_counter()
         with _naming(source, records):
             done = refining.refine(embedder, [record.text for record in records], instruction=None)
         seconds = time.perf_counter() - begin
-        write(VectorRows([record.id for record in records], done.vectors, done.steps, done.truncated))
+        write(VectorRows([record.id for record in records], form(done.vectors), done.steps, done.truncated))
     summary: dict[str, Any] = {
         "output": output,
         "texts": len(records),
-        "dimensions": embedder.get_embedding_dimension(),
+        "dimensions": form.dimensions,
+        "precision": form.precision,
         "halt": repr(refining.rule(embedder.settings)),
         "mean_steps": float(done.steps.mean()) if records else 0.0,
         "truncated": int(done.truncated.sum()),
         "seconds": seconds,
     }
     cut = f"{summary['truncated']} texts cut at {embedder.settings.max_length} tokens, " if summary["truncated"] else ""
-    line = "{output}: {texts} vectors of {dimensions} dimensions, {mean_steps:.2f} steps on average, {cut}{seconds:.1f} s"
+    numbers = "" if form.precision == "float32" else f" in {form.precision}"
+    line = "{output}: {texts} vectors of {dimensions} dimensions{numbers}, {mean_steps:.2f} steps on average, {cut}{seconds:.1f} s"
     if output != STANDARD_STREAM:
-        print_result(summary, line.format(cut=cut, **summary), as_json=as_json)
+        print_result(summary, line.format(cut=cut, numbers=numbers, **summary), as_json=as_json)
 
 
 @command

@@ -18,6 +18,7 @@ from genembed.cli.output import with_bar
 from genembed.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from genembed.precision import OutputForm
     from genembed.train.overlap import TextFilter
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Built-in model (mini), model folder, or hub id.")]
@@ -111,6 +112,21 @@ class RefineOptions:
             truncate=self.truncate,
             show_progress_bar=True,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormOptions:
+    """The form vectors are written in."""
+
+    precision: Annotated[
+        Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"],
+        typer.Option(help="Numbers of the vectors; eight bits need the model's ranges (genembed calibrate-ranges)."),
+    ] = "float32"
+    dims: Annotated[int | None, typer.Option(help="Keep so many leading dimensions, of those the model was trained for.")] = None
+
+    def form(self, embedder: genembed.Embedder) -> OutputForm:
+        """Return the form, refused before any text is embedded if the model cannot give it."""
+        return embedder.form(self.precision, self.dims)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,8 @@ import numpy as np
 from fastapi import Response
 from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, WithJsonSchema
 
+from genembed.errors import ConfigurationError
+from genembed.precision import OutputForm, Precision, check_dimensions
 from genembed.serve.failures import Failure, json_response
 from genembed.serve.service import Embedded, Service, Wish
 
@@ -45,7 +47,11 @@ _TEXTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "str
 
 Texts = Annotated[list[str], PlainValidator(_texts), WithJsonSchema(_TEXTS)]
 Halt = Annotated[dict[str, Any], PlainValidator(_plain), WithJsonSchema({"type": "object", "maxProperties": _FIELDS})]
-Kinds = Annotated[list[Literal["float", "base64"]], FailFast(), Field(min_length=1)]
+Kind = Literal["float", "base64", "int8", "uint8", "binary", "ubinary"]
+_PRECISION: dict[Kind, Precision] = {
+    "float": "float32", "base64": "float32", "int8": "int8", "uint8": "uint8", "binary": "binary", "ubinary": "ubinary",
+}  # fmt: skip
+Kinds = Annotated[list[Kind], FailFast(), Field(min_length=1)]
 Steps = Annotated[int, Field(ge=0, strict=True)]
 
 
@@ -78,7 +84,7 @@ class OpenAIRequest(Request):
             raise Failure(
                 404, f"The model {self.model!r} is not served here, but {service.name!r} is.", code="model_not_found", param="model"
             )
-        check_dimensions(self.dimensions, service, "dimensions")
+        form = form_of(service, self.dimensions, "dimensions")
         purposes = {name: value for name in ("input_type", "task", "prompt_name") if (value := getattr(self, name)) is not None}
         if len(purposes) > 1:
             raise Failure(400, f"{' and '.join(purposes)} all say what the texts are for; give one of them.", param=next(iter(purposes)))
@@ -95,7 +101,7 @@ class OpenAIRequest(Request):
             "object": "list",
             "data": [
                 {"object": "embedding", "index": row, "embedding": encoded(vector, self.encoding_format)}
-                for row, vector in enumerate(done.vectors)
+                for row, vector in enumerate(form(done.vectors))
             ],
             "model": service.name,
             "usage": {"prompt_tokens": done.tokens, "total_tokens": done.tokens},
@@ -121,7 +127,7 @@ class CohereRequest(Request):
         """Embed, and answer as Cohere does, with `metadata` in `meta`."""
         if self.model != service.name:
             raise Failure(404, f"model {self.model!r} is not served here, but {service.name!r} is.", code="model_not_found", param="model")
-        check_dimensions(self.output_dimension, service, "output_dimension")
+        forms = {kind: form_of(service, self.output_dimension, "output_dimension", kind=kind) for kind in self.embedding_types}
         if self.truncate == "START":
             raise Failure(400, "truncate='START': texts are cut at their end alone: 'END', or 'NONE' to refuse them.", param="truncate")
         if self.max_tokens is not None:
@@ -131,7 +137,7 @@ class CohereRequest(Request):
         done = await service.embed(self.texts, wish)
         return {
             "id": str(uuid.uuid4()),
-            "embeddings": {kind: [encoded(vector, kind) for vector in done.vectors] for kind in dict.fromkeys(self.embedding_types)},
+            "embeddings": {kind: [encoded(vector, kind) for vector in form(done.vectors)] for kind, form in forms.items()},
             "texts": self.texts,
             "meta": {"api_version": {"version": "2"}, "billed_units": {"input_tokens": done.tokens}, "metadata": done.metadata()},
             "response_type": "embeddings_by_type",
@@ -150,7 +156,7 @@ class TeiRequest(Request):
 
     async def answer(self, service: Service) -> Response:
         """Embed, and answer with the bare vectors, for which the client has no room beside; totals are in headers."""
-        check_dimensions(self.dimensions, service, "dimensions")
+        form = form_of(service, self.dimensions, "dimensions")
         if not self.normalize:
             raise Failure(422, "normalize=false: vectors are sums of states made unit length; there is no other length to give.")
         if self.truncate and self.truncation_direction.lower() == "left":
@@ -158,16 +164,31 @@ class TeiRequest(Request):
         wish = Wish(purpose=self.prompt_name, truncate="right" if self.truncate else "error")
         done: Embedded = await service.embed(self.inputs, wish)
         headers = {"X-Steps": str(sum(done.steps)), "X-Truncated": str(sum(done.truncated)), "X-Tokens": str(done.tokens)}
-        return json_response(done.vectors, headers=headers)
+        return json_response(form(done.vectors), headers=headers)
 
 
-def check_dimensions(dimensions: int | None, service: Service, name: str) -> None:
-    """Refuse a length that vectors do not have: no model here is trained to be cut."""
-    full = service.embedder.get_embedding_dimension()
-    if dimensions is not None and dimensions != full:
-        raise Failure(400, f"{name}={dimensions}: {service.name} gives {full} dimensions, and was not trained to give fewer.", param=name)
+def form_of(service: Service, dimensions: int | None, name: str, *, kind: Kind = "float") -> OutputForm:
+    """Return the form vectors are wanted in, before anything is embedded.
+
+    Args:
+        service: The model.
+        dimensions: How many are wanted; all if None.
+        name: Of the request's field for `dimensions`.
+        kind: In which numbers.
+
+    Raises:
+        Failure: If the model cannot give it.
+    """
+    embedder = service.embedder
+    try:
+        if dimensions is not None:
+            hidden, trained = embedder.get_embedding_dimension(), embedder.settings.matryoshka_dims
+            check_dimensions(dimensions, hidden=hidden, trained=trained, name=name)
+        return embedder.form(_PRECISION[kind], dimensions)
+    except ConfigurationError as error:
+        raise Failure(400, str(error), param=name if kind in ("float", "base64") else "embedding_types") from None
 
 
 def encoded(vector: np.ndarray, kind: str) -> Any:
     """Return a vector as JSON numbers (by orjson, from the array), or as base64 of little-endian float32."""
-    return vector if kind == "float" else base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    return vector if kind != "base64" else base64.b64encode(vector.astype("<f4").tobytes()).decode()

@@ -126,7 +126,7 @@ def build(recipe: Recipe, sample: Callable[[PromptTokenizer], list[TokenIds]]) -
     source = resolve(recipe.model, adapter=None, preset=recipe.settings, offline=False)
     if source.adapter is not None:
         raise ConfigurationError(f"model={recipe.model!r} is an adapter already; train from its base model, or merge it first.")
-    settings = source.settings
+    settings = replace(source.settings, matryoshka_dims=tuple(sorted(recipe.objective.dimensions)) or source.settings.matryoshka_dims)
     recipe.check_settings(settings)
     # The soft-token head of an encoder may not exist yet, so the base is read as a one-pass model first.
     plain = replace(settings, pooling=Pooling(kind="mean"), halt=FixedSteps(0), adapter_positions="all")

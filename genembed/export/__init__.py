@@ -1,0 +1,1 @@
+"""Models for others to run: merged weights, ONNX graphs and the loop over them."""
