@@ -30,12 +30,12 @@ LAYERS = (
 """From the first to the last; everything else is a ring around them."""
 
 ALLOWED = {
-    "peft": ("checkpoint.py", "train/"),
+    "peft": ("checkpoint.py", "train/", "integrations/merging.py"),
     "triton": ("triton_soft_token.py", "cuda.py"),
     "typer": ("cli/",),
     "rich": ("cli/", "index/demo.py"),
     "pyarrow": ("files.py", "index/", "train/"),
-    "lancedb": ("index/",),
+    "lancedb": ("index/", "integrations/lancedb.py"),
     "filelock": ("index/table.py",),
     "bs4": ("index/html.py",),
     "accelerate": ("train/",),
@@ -48,11 +48,13 @@ ALLOWED = {
     "datasets": ("train/", "evaluate/"),
     "matplotlib": ("train/", "analyse/plots.py"),
     "pytrec_eval": ("calibrate/", "evaluate/"),
-    "mteb": ("evaluate/",),
+    "mteb": ("evaluate/", "integrations/mteb.py"),
     "bm25s": ("evaluate/",),
     "scipy": ("analyse/", "evaluate/"),
     "sklearn": ("evaluate/",),
-    "sentence_transformers": ("evaluate/",),
+    "sentence_transformers": ("evaluate/", "integrations/sentence_transformers"),
+    "langchain_core": ("integrations/langchain.py",),
+    "llama_index": ("integrations/llama_index.py",),
 }
 """The only places of the package that may import these third parties."""
 

@@ -20,6 +20,7 @@ except ModuleNotFoundError:  # the console script imports this module before any
 
 from genembed.cli.analysing import analyse
 from genembed.cli.calibrating import calibrate
+from genembed.cli.converting import convert
 from genembed.cli.costing import cost
 from genembed.cli.embedding import embed, info
 from genembed.cli.evaluating import evaluate
@@ -37,7 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in (demo, embed, index, search, serve, info, mine, train, calibrate, analyse, evaluate, tokens, cost):
+for verb in (demo, embed, index, search, serve, info, mine, train, calibrate, analyse, evaluate, tokens, cost, convert):
     app.command()(verb)
 
 
