@@ -23,7 +23,9 @@ def convert(
     model: Annotated[str, typer.Argument(help="Built-in model (mini), model folder, or hub id.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; new, or empty.")],
     *,
-    to: Annotated[Target, typer.Option("--to", help="sentence-transformers: a folder for SentenceTransformer(OUT, trust_remote_code=True).")],
+    to: Annotated[
+        Target, typer.Option("--to", help="sentence-transformers: a folder for SentenceTransformer(OUT, trust_remote_code=True).")
+    ],
     adapter: Annotated[str | None, typer.Option(help="LoRA adapter (folder or hub id) over the model.")] = None,
     preset: Annotated[
         str | None, typer.Option(help="How the model makes an embedding, where its folder does not say: gircse, laser, causal-eos, ...")

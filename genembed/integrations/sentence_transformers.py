@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -127,9 +126,7 @@ class GenerativeEmbedding(InputModule):  # type: ignore[misc]  # the library is 
         batch = TokenBatch.pad(tokenised.ids, side=self.settings.padding_side)
         return {"input_ids": batch.input_ids, "attention_mask": batch.mask.long(), "truncated": torch.from_numpy(tokenised.truncated)}
 
-    def forward(
-        self, features: dict[str, Any], *, steps: int | None = None, halt: HaltingRule | None = None, **_: Any
-    ) -> dict[str, Any]:
+    def forward(self, features: dict[str, Any], *, steps: int | None = None, halt: HaltingRule | None = None, **_: Any) -> dict[str, Any]:
         """Add `sentence_embedding` and `steps`, and in training mode `trajectory`.
 
         Args:

@@ -33,7 +33,12 @@ _TOKENIZER_FILES = (
 
 
 def write_folder(
-    path_or_id: str | Path, output: str | Path, *, adapter: str | Path | None = None, preset: str | None = None, offline: bool = False
+    path_or_id: str | Path,
+    output: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    preset: str | ModelSettings | None = None,
+    offline: bool = False,
 ) -> Source:
     """Write a model as a folder for `SentenceTransformer(output, trust_remote_code=True)`; `genembed.load` reads it too.
 
@@ -169,14 +174,14 @@ def _card(source: Source, name: str) -> str:
         facts.append(f"base_model: {_base_name(source)}")
     lines = [
         *("---", *facts, "---", f"# {name}", ""),
-        f"`{source.name}`, written by genembed {genembed.__version__} for sentence-transformers. A text's embedding is refined step by step:",
-        f"{settings.halt}. Prompts are read up to {settings.max_length} tokens.",
+        f"`{source.name}`, written by genembed {genembed.__version__} for sentence-transformers. A text's embedding is refined",
+        f"step by step: {settings.halt}. Prompts are read up to {settings.max_length} tokens.",
         *("", "```python", "from sentence_transformers import SentenceTransformer  # and: pip install genembed", ""),
         f'model = SentenceTransformer("{name}", trust_remote_code=True)',
         'queries = model.encode_query(["how do I copy a folder?"])',
         'documents = model.encode_document(["Copy a directory tree."])',
         *("model.similarity(queries, documents)", "```", ""),
-        "Not with another pooling: without `modules.json` and genembed, tools read the last token of one pass, and their vectors are other ones.",
+        "Only this way: tools that do not know the method pool a single pass, without a word, and their vectors are other ones.",
     ]
     return "\n".join(lines) + "\n"
 
