@@ -36,6 +36,9 @@ LASER_CITATION = """@article{jin2026laser,
 class GenembedModel(AbsEncoder):
     """Refines texts under mteb's own instructions; the documents of retrieval are read without one, as these models were trained."""
 
+    mteb_model_meta: ModelMeta
+    """Set by mteb when it loads an entry."""
+
     def __init__(
         self,
         model_name: str,
