@@ -26,7 +26,22 @@ from genembed.engine import Engine
 from genembed.index import demo
 
 HALT = ConvergeStop(threshold=0.95, max_steps=6)
-VERBS = ("demo", "embed", "index", "search", "serve", "info", "mine", "train", "calibrate", "analyse", "evaluate", "tokens", "cost")
+VERBS = (
+    "demo",
+    "embed",
+    "index",
+    "search",
+    "serve",
+    "info",
+    "mine",
+    "train",
+    "calibrate",
+    "analyse",
+    "evaluate",
+    "tokens",
+    "cost",
+    "convert",
+)
 
 
 @dataclass

@@ -23,7 +23,7 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 
 import doubles
 import genembed
-from genembed import ConfigurationError, ConvergeStop, FixedSteps, InputError, ModelSettings
+from genembed import CheckpointError, ConfigurationError, ConvergeStop, FixedSteps, InputError, ModelSettings
 from genembed.errors import GenembedWarning
 from genembed.integrations.sentence_transformers import GenerativeEmbedding
 from genembed.integrations.sentence_transformers_folder import write_folder
@@ -244,6 +244,42 @@ def test_what_is_merged_and_packed_for_inference_is_gone_to_the_bit_in_training(
     torch.testing.assert_close(module(features)["sentence_embedding"], first, atol=0, rtol=0)
 
 
+def test_an_adapter_that_cannot_be_merged_leaves_the_weights_as_they_were(
+    folders: Callable[[str], tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = _module(folders("adapter")[1])
+    before = {name: weight.clone() for name, weight in module.state_dict().items()}
+    layer = [part for part in module.modules() if hasattr(part, "merged_adapters")][-1]
+
+    def refused(*_: object, **__: object) -> None:
+        raise NotImplementedError("not this kind")
+
+    monkeypatch.setattr(layer, "merge", refused)
+    with pytest.raises(CheckpointError, match=r"cannot be merged into the weights; use LoRA. \(not this kind\)"):
+        module(module.preprocess(TEXTS))
+    after = module.state_dict()
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+
+
+def test_a_model_that_is_read_in_padded_batches_is_evaluated_and_not_trained(folders: Callable[[str], tuple[Path, Path]]) -> None:
+    module = _module(folders("merged")[1])
+    module.embedder.backbone.packable = False
+    module.halt = STEPS
+    assert module(module.preprocess(TEXTS))["steps"].tolist() == [4, 4, 4, 4]
+    module.train()
+    with pytest.raises(ConfigurationError, match="Qwen2ForCausalLM is read in padded batches here, which cannot be trained"):
+        module(module.preprocess(TEXTS))
+
+
+def test_the_trainers_own_limit_of_length_holds_for_its_call_alone(folders: Callable[[str], tuple[Path, Path]]) -> None:
+    module = _module(folders("merged")[1])
+    with pytest.warns(GenembedWarning, match="longer than 3 tokens"):
+        short = module.preprocess(TEXTS, max_length=3)
+    assert short["input_ids"].shape[1] == 3
+    assert module.preprocess(TEXTS)["input_ids"].shape[1] > 3
+    assert module.max_seq_length == 512
+
+
 ROWS = {"anchor": ["how do I copy a folder?", "what waits?"], "positive": ["Copy a directory tree.", "Wait for all threads."]}
 
 
@@ -265,7 +301,9 @@ def _train(model: SentenceTransformer, loss: torch.nn.Module, folder: Path) -> S
     return trainer
 
 
-@pytest.mark.parametrize("loss", [MultipleNegativesRankingLoss, CachedMultipleNegativesRankingLoss, StepwiseLoss])
+@pytest.mark.parametrize(
+    "loss", [MultipleNegativesRankingLoss, StepwiseLoss, pytest.param(CachedMultipleNegativesRankingLoss, marks=pytest.mark.slow)]
+)
 def test_their_trainer_trains_the_adapter_and_what_is_saved_is_what_was_trained(
     loss: Callable[[SentenceTransformer], torch.nn.Module], folders: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:

@@ -43,7 +43,7 @@ ALLOWED = {
     "starlette": ("serve/",),
     "uvicorn": ("serve/",),
     "orjson": ("serve/",),
-    "pydantic": ("serve/",),
+    "pydantic": ("serve/", "integrations/lancedb.py"),
     "prometheus_client": ("serve/",),
     "datasets": ("train/", "evaluate/"),
     "matplotlib": ("train/", "analyse/plots.py"),
