@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 
 pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed: pip install 'genembed[sentence-transformers]'")
 
@@ -315,10 +316,29 @@ def test_their_trainer_trains_the_adapter_and_what_is_saved_is_what_was_trained(
     model.save_pretrained(str(tmp_path / "trained"), create_model_card=False)
     np.testing.assert_allclose(_opened(tmp_path / "trained", "float32").encode(TEXTS), trained, atol=1e-6)
     np.testing.assert_allclose(genembed.load(tmp_path / "trained").encode(TEXTS), trained, atol=1e-6)
+    model.encode(TEXTS)  # so that the adapter is merged when other weights come
     trainer._load_from_checkpoint(str(tmp_path / "run" / "checkpoint-1"))
     first = _opened(tmp_path / "run" / "checkpoint-1", "float32").encode(TEXTS)
     np.testing.assert_allclose(model.encode(TEXTS), first, atol=1e-6)
     assert np.abs(first - trained).max() > 1e-4
+
+
+def test_an_adapter_put_in_by_their_add_adapter_is_trained_and_saved_over_the_converted_folder(
+    folders: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    model = _opened(folders("merged")[1], "float32")
+    model[0].halt = STEPS
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    assert all("lora_" in name for name, weight in model.named_parameters() if weight.requires_grad)
+    untrained = model.encode(TEXTS)
+    _train(model, MultipleNegativesRankingLoss(model), tmp_path / "run")
+    trained = model.encode(TEXTS)
+    assert np.abs(trained - untrained).max() > 1e-3
+    model.save_pretrained(str(tmp_path / "trained"), create_model_card=False)
+    assert not (tmp_path / "trained" / "model.safetensors").exists()
+    np.testing.assert_allclose(_opened(tmp_path / "trained", "float32").encode(TEXTS), trained, atol=1e-4)
+    # Not 1e-6: beside the weights in one case and merged into them in the other, the adapter is rounded differently.
+    np.testing.assert_allclose(genembed.load(tmp_path / "trained").encode(TEXTS), trained, atol=1e-4)
 
 
 def test_the_stepwise_loss_is_the_objective_of_our_own_training(folders: Callable[[str], tuple[Path, Path]]) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,11 @@ def write_parts(embedder: TrainableEmbedder, folder: Path) -> None:
     """Write a model in memory, perhaps trained further: everything but what sentence-transformers writes itself."""
     embedder.save(folder, embedder.settings)
     embedder.tokenizer.tokenizer.save_pretrained(folder)
-    write_settings(folder, embedder.source, embedder.settings)
+    source = embedder.source
+    if getattr(embedder.backbone.model, "_hf_peft_config_loaded", False):
+        # Their add_adapter() put a LoRA adapter into a merged model: Transformers has saved that alone.
+        source = replace(source, adapter=folder, named_adapter=str(folder))
+    write_settings(folder, source, embedder.settings)
 
 
 def write_settings(folder: Path, source: Source, settings: ModelSettings) -> None:
@@ -125,7 +130,8 @@ def _copy_weights(source: Source, folder: Path) -> None:
 
 def _copy(origin: Path, patterns: tuple[str, ...], folder: Path) -> None:
     for file in (file for pattern in patterns for file in origin.glob(pattern)):
-        shutil.copyfile(file, folder / file.name)
+        if not file.name.startswith("consolidated"):  # the same weights once more, in another layout
+            shutil.copyfile(file, folder / file.name)
 
 
 def _base_name(source: Source) -> str:
@@ -136,6 +142,7 @@ def _base_name(source: Source) -> str:
 
 
 def _declared_base(source: Source) -> dict[str, Any]:
+    """Return what the adapter says of its base, or the checksum of the base's weights."""
     own = read_json(source.adapter / SETTINGS_FILE) if source.adapter and (source.adapter / SETTINGS_FILE).is_file() else {}
     weights = source.base / "model.safetensors"
     base: dict[str, Any] = own.get("base") or ({"sha256": sha256(weights)} if weights.is_file() else {})
