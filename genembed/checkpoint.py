@@ -122,8 +122,13 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(table): table})
 
 
-def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """Add a LoRA adapter to the weights.
+def attach_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = False) -> Any:
+    """Put a LoRA adapter into a model, beside its weights, and return PEFT's model of the two.
+
+    Args:
+        model: The base; its layers are replaced in place.
+        adapter: The adapter's folder.
+        trainable: Whether the adapter's weights want gradients.
 
     Raises:
         CheckpointError: If the adapter does not fit the model.
@@ -137,7 +142,7 @@ def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     try:
         with quiet(), warnings.catch_warnings(record=True):
             warnings.simplefilter("always")
-            peft_model = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
+            peft_model = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, local_files_only=True)
             stored = set(load_file(adapter / ADAPTER_WEIGHTS))
             # Not `auto`, PEFT's default: that asks the hub for the base model's config.json.
             expected = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
@@ -150,6 +155,16 @@ def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
         raise CheckpointError(
             f"{adapter}: does not fit the base model {model.config.name_or_path!r}: {len(odd)} weights have no counterpart, first {odd[0]}."
         )
+    return peft_model
+
+
+def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """Add a LoRA adapter to the weights.
+
+    Raises:
+        CheckpointError: If the adapter does not fit the model.
+    """
+    peft_model = attach_adapter(model, adapter)
     try:
         with quiet():
             return peft_model.merge_and_unload()  # type: ignore[no-any-return]

@@ -63,6 +63,13 @@ def pack_linear_layers(model: nn.Module) -> int:
     return len(layers)
 
 
+def unpack_linear_layers(model: nn.Module) -> None:
+    """Drop the packed copies: before the weights are moved, changed or sent to another process."""
+    for layer in model.modules():
+        if type(layer) is nn.Linear:
+            vars(layer).pop("forward", None)
+
+
 def _forward(layer: nn.Linear, product: Product) -> Product:
     version = layer.weight._version
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +48,32 @@ def test_a_corpus_becomes_shards_and_the_folder_tells_what_it_holds(place: Path,
     assert run("job", "embed", *options, "--json").json["rows"] == 4
     refused(run("job", "embed", *options, "--no-resume"), "there is a job already")
     refused(run("job", "embed", *options[:-1], 3), "started with halt='FixedSteps(steps=2)', and this is 'FixedSteps(steps=3)'")
+
+
+def test_a_finished_job_becomes_an_index_without_embedding_again(
+    place: Path, run: Run, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "model").mkdir()
+    model = Path(shutil.copytree(folder_of("bert"), place / "model", dirs_exist_ok=True))
+    (place / "rows.jsonl").write_text((place / "rows.jsonl").read_text() + '{"key": "x", "body": null}\n')
+    options = ("-m", model, "--columns", "key,body", "--shard-rows", 2, "--dtype", "float16", "--steps", 2)
+    run("job", "embed", "rows.jsonl", "-o", "out", *options)
+    with monkeypatch.context() as patch:
+        patch.setattr("genembed.engine.Engine.run", None)
+        assert run("index", "--from-shards", "out", "-o", "x").out == "x: 4 passages of 32 dimensions\n"
+        assert run("index", "--from-shards", "out", "-o", "x", "--update").out == "x: 0 passages added, 4 there before, 4 now\n"
+        refused(run("index", "rows.jsonl", "--from-shards", "out", "-o", "y"), "leave paths and other options out")
+    hit = run("search", "x", TEXTS[2], "-k", 1, "--steps", 2, "--json").json["hits"][0]
+    assert (hit["reference"], hit["text"]) == ("k2", TEXTS[2])
+    assert hit["score"] > 0.999
+    more = ("more.jsonl", "-o", "more", "-m", model, "--columns", "key,body", "--steps", 2)
+    (place / "more.jsonl").write_text(json.dumps({"key": "new", "body": "slow trains"}) + "\n")
+    run("job", "embed", *more)
+    assert run("index", "--from-shards", "more", "-o", "x", "--update").out == "x: 1 passages added, 0 there before, 5 now\n"
+    (place / "more" / "manifest.json").unlink()
+    refused(run("index", "--from-shards", "more", "-o", "z"), "the job is not finished")
+    (model / "genembed.json").write_text((model / "genembed.json").read_text().replace('"temperature": 1.0', '"temperature": 2.0'))
+    refused(run("index", "--from-shards", "out", "-o", "z"), "has changed since the job")
 
 
 def test_a_flipped_bit_is_found_by_verify(place: Path, run: Run, folder_of: Callable[[str], Path]) -> None:

@@ -156,6 +156,16 @@ def test_packing_twice_changes_nothing() -> None:
 
 
 @needs_packing
+def test_unpacking_gives_the_plain_layers_back_and_leaves_other_forwards_alone() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+    own = model[1].forward = lambda inputs: inputs
+    assert cpu.pack_linear_layers(model) == 1
+    cpu.unpack_linear_layers(model)
+    assert "forward" not in vars(model[0])
+    assert model[1].forward is own
+    assert cpu.pack_linear_layers(model) == 1
+
+
 def test_a_weight_that_is_changed_in_place_is_seen() -> None:
     """The packed copy would go on with the old one."""
     model, inputs = small_model(), torch.randn(3, 48)

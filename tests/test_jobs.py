@@ -108,7 +108,7 @@ def test_a_real_model_writes_what_encode_returns(tmp_path: Path, source: Path, f
 def test_half_precision_is_written_as_such_and_untrained_dimensions_are_refused(tmp_path: Path, folder_of: Callable[[str], Path]) -> None:
     half = ModelFactory(model=str(folder_of("bert")), dtype="float16")(Place())
     assert half(["one", "two"]).vectors.dtype == np.float16
-    with pytest.raises(ConfigurationError, match=r"--dims=7: this model was not trained to give fewer than 32"):
+    with pytest.raises(ConfigurationError, match=r"truncate_dim=7: this model was not trained to give fewer than 32"):
         ModelFactory(model=str(folder_of("bert")), dims=7)(Place())
 
 

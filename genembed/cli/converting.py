@@ -35,6 +35,7 @@ class Target(StrEnum):
 
     merged = "merged"
     onnx = "onnx"
+    sentence_transformers = "sentence-transformers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,13 @@ def convert(
     model: Annotated[str, typer.Argument(help="Built-in model (mini), model folder, or hub id.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that is made; it must not be there, or be empty.")],
     *,
-    to: Annotated[Target, typer.Option(help="merged: full weights without an adapter. onnx: graphs for onnxruntime.")],
+    to: Annotated[
+        Target,
+        typer.Option(
+            help="merged: full weights without an adapter. onnx: graphs for onnxruntime. sentence-transformers: a folder for "
+            "SentenceTransformer(OUT, trust_remote_code=True)."
+        ),
+    ],
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16", "int8"], typer.Option(help="Of the weights; int8 for onnx, bfloat16 for merged alone.")
     ] = "float32",
@@ -118,9 +125,21 @@ def _to_onnx(model: str, output: Path, dtype: str, origin: OriginOptions) -> Con
     return ConvertedModel(before=before, after=OnnxEmbedder(output).encode(SENTENCES))
 
 
+def _to_sentence_transformers(model: str, output: Path, dtype: str, origin: OriginOptions) -> ConvertedModel:
+    import genembed
+    from genembed.integrations.sentence_transformers_folder import encode_with, write_folder
+
+    if dtype != "float32":
+        raise ConfigurationError(f"--dtype {dtype}: the folder keeps the model's own weights; convert it --to merged first.")
+    found = write_folder(model, output, adapter=origin.adapter, preset=origin.preset, offline=origin.offline)
+    before = genembed.load(model, adapter=origin.adapter, preset=found.preset, device="cpu", dtype="float32", offline=origin.offline)
+    return ConvertedModel(before=before.encode(SENTENCES), after=encode_with(output, SENTENCES))
+
+
 _CONVERSIONS: dict[Target, Callable[[str, Path, str, OriginOptions], ConvertedModel]] = {
     Target.merged: _to_merged,
     Target.onnx: _to_onnx,
+    Target.sentence_transformers: _to_sentence_transformers,
 }
 
 

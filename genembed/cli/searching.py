@@ -126,6 +126,9 @@ def index(
     ann: Annotated[
         bool, typer.Option("--ann", help="Make an approximate index of the vectors too, for very many texts; its recall is measured.")
     ] = False,
+    from_shards: Annotated[
+        Path | None, typer.Option(metavar="JOB", help="Instead of embedding: take texts and vectors of a finished `genembed job`.")
+    ] = None,
     as_json: Json = False,
     changing: ChangeOptions,
     loading: LoadOptions,
@@ -144,6 +147,10 @@ def index(
     if changing.delete is not None:
         options = (loading, refining, reading) != (LoadOptions(), RefineOptions(), FileOptions())
         _delete(output, changing.delete, unused=bool(paths or model or metadata or ann or options), as_json=as_json)
+        return
+    if from_shards is not None:
+        options = (loading, refining, reading) != (LoadOptions(), RefineOptions(), FileOptions())
+        _merge(output, from_shards, changing, ann=ann, unused=bool(paths or model or metadata or options), as_json=as_json)
         return
     if not paths:
         raise ConfigurationError("there is nothing to index: name files or folders, or - for stdin.")
@@ -167,6 +174,32 @@ def index(
     summary = {"output": str(output), **asdict(built.description)}
     line = "{output}: {rows} passages of {dimensions} dimensions, {steps:.2f} steps on average, {seconds:.1f} s".format(**summary)
     print_result(summary, line + _recall(built), as_json=as_json)
+
+
+def _merge(output: Path, job: Path, changing: ChangeOptions, *, ann: bool, unused: bool, as_json: bool) -> None:
+    """Put the rows of a finished job into an index, new or there."""
+    from genembed.cli.merging import read_shards
+    from genembed.halting import rule_from_json
+    from genembed.index import Index, check_target
+
+    if unused or changing.prune:
+        raise ConfigurationError(f"--from-shards {job}: nothing is read or embedded but the job's rows; leave paths and other options out.")
+    if not changing.update:
+        check_target(output, overwrite=changing.overwrite)
+    passages, known, description = read_shards(job)
+    rule, instruction = rule_from_json(description.origin["halt"]), description.identity["instruction"]
+    if changing.update:
+        merged = Index.open(output)
+        if merged.description.instruction != instruction:
+            made = merged.description.instruction
+            raise ConfigurationError(f"{job}: its texts were embedded under {instruction!r}, and those of {output} under {made!r}.")
+        done = merged.update(known, passages, halt=rule, ann=ann)
+        line = f"{done.embedded} passages added, {done.unchanged} there before, {len(merged)} now"
+    else:
+        merged = Index.build(output, known, passages, instruction=instruction, halt=rule, ann=ann, overwrite=changing.overwrite)
+        line = f"{len(merged)} passages of {merged.description.dimensions} dimensions"
+    summary = {"output": str(output), **asdict(merged.description)}
+    print_result(summary, f"{output}: {line}" + _recall(merged), as_json=as_json)
 
 
 def _delete(output: Path, where: str, *, unused: bool, as_json: bool) -> None:

@@ -31,6 +31,7 @@ from genembed.index.description import (
     read_description,
     write_description,
 )
+from genembed.index.known import KnownVectors
 from genembed.index.passages import Passage, docstring_passage, read_passages
 from genembed.index.plan import SHOWN_COLUMNS, plan_update
 from genembed.index.rows import contents, kept_rows
@@ -89,7 +90,7 @@ class Index:
     def build(
         cls,
         folder: str | Path,
-        embedder: Embedder,
+        embedder: Embedder | KnownVectors,
         passages: Sequence[Passage],
         *,
         instruction: str | None = None,
@@ -164,7 +165,7 @@ class Index:
             raise damaged(folder, f"{DESCRIPTION_FILE} says {description.rows} rows, and there are {rows}")
         return cls(folder, description, table)
 
-    def check(self, embedder: Embedder) -> None:
+    def check(self, embedder: Embedder | KnownVectors) -> None:
         """Refuse a model other than the one that made the index.
 
         Raises:
@@ -180,7 +181,7 @@ class Index:
 
     def update(
         self,
-        embedder: Embedder,
+        embedder: Embedder | KnownVectors,
         passages: Sequence[Passage],
         *,
         prune: Sequence[str | Path] = (),

@@ -15,8 +15,8 @@ from genembed.jobs.encoder import Encoded, Place
 
 if TYPE_CHECKING:
     from genembed.embedder import Embedder
-    from genembed.halting import HaltingRule
-    from genembed.precision import OutputForm, Precision
+    from genembed.halting import ConvergeStop, FixedSteps
+    from genembed.precision import Precision
     from genembed.settings import ModelSettings
     from genembed.source import Source
 
@@ -34,7 +34,7 @@ class ModelFactory:
     offline: bool = False
     instruction: str | None = None
     """What the embedding is for; None: the model's own one for documents."""
-    halt: HaltingRule | None = None
+    halt: FixedSteps | ConvergeStop | None = None
     """None: the model's own."""
     truncate: Literal["right", "error"] = "right"
     dtype: Precision = "float32"
@@ -71,6 +71,7 @@ class ModelFactory:
     def identity_of(self, model: _Found | Embedder) -> dict[str, Any]:
         """Return everything that decides a vector of this model."""
         from genembed.fingerprint import fingerprint
+        from genembed.source import sha256
 
         settings = model.settings
         if self.halt is not None:
@@ -83,14 +84,17 @@ class ModelFactory:
             "weights": self.weights,
             "dtype": self.dtype,
             "dims": self.dims,
+            "ranges": sha256(model.source.ranges) if self.dtype == "int8" and model.source.ranges is not None else None,
         }
 
     def origin(self) -> dict[str, Any]:
         """Return the names by which the model is loaded again."""
         from genembed import source
         from genembed.fingerprint import origin
+        from genembed.halting import rule_to_json
 
-        return origin(source.resolve(self.model, adapter=self.adapter, preset=self.preset, offline=self.offline))
+        found = source.resolve(self.model, adapter=self.adapter, preset=self.preset, offline=self.offline)
+        return {**origin(found), "halt": rule_to_json(found.settings.halt if self.halt is None else self.halt)}
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ class ModelEncoder:
 
     def __init__(self, embedder: Embedder, factory: ModelFactory) -> None:
         self._embedder, self._factory = embedder, factory
-        self._form = _form(embedder, factory)
+        self._form = embedder.form(factory.dtype, factory.dims)
         self.identity: Mapping[str, Any] = factory.identity_of(embedder)
 
     def __call__(self, texts: Sequence[str]) -> Encoded:
@@ -117,12 +121,3 @@ class ModelEncoder:
                 texts, instruction=self.identity["instruction"], halt=self._factory.halt, truncate=self._factory.truncate
             )
         return Encoded(self._form(done.vectors), done.steps.astype(np.int32), done.truncated, done.tokens)
-
-
-def _form(embedder: Embedder, factory: ModelFactory) -> OutputForm:
-    from genembed.precision import OutputForm, check_dimensions
-
-    hidden = embedder.get_embedding_dimension()
-    dims = hidden if factory.dims is None else factory.dims
-    check_dimensions(dims, hidden=hidden, trained=(), name="--dims")
-    return OutputForm(precision=factory.dtype, dimensions=dims)

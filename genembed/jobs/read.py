@@ -51,7 +51,7 @@ def read_embedded(folder: JobFolder) -> Iterator[EmbeddedRows]:
         flat = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         yield EmbeddedRows(
             rows=rows,
-            vectors=flat.reshape(len(rows), -1),
+            vectors=flat.reshape(len(rows), table.schema.field("vector").type.list_size),
             steps=table["steps"].to_numpy().astype(np.int64),
             truncated=table["truncated"].to_numpy().astype(np.bool_),
         )

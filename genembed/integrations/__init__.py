@@ -1,0 +1,1 @@
+"""Our models in other people's frameworks: one file for each."""
