@@ -1,4 +1,4 @@
-"""Write the tables of README, mini's card and two pages of docs from the result files, so that no number is typed.
+"""Write the tables of README, mini's card and pages of docs from the result files, so that no number is typed.
 
     python benchmarks/tables.py [--check]
 
@@ -26,6 +26,7 @@ README = Path(__file__).parents[1] / "README.md"
 CALIBRATION = README.parent / "docs" / "calibration.md"
 PERFORMANCE = CALIBRATION.parent / "performance.md"
 SERVING, INDEX = CALIBRATION.parent / "serving.md", CALIBRATION.parent / "index.md"
+EXPORT = CALIBRATION.parent / "export.md"
 CARD = README.parent / "genembed" / "builtin" / "mini" / "README.md"
 
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -133,6 +134,16 @@ def calibration() -> str:
     return f"{source(path)}, {result['rows'][0]['worlds']:,} worlds a row, delta = {result['delta']:g}.\n\n{table(heads, rows)}"
 
 
+def output_forms() -> str:
+    """What a smaller form of the vectors costs in retrieval."""
+    path, result = stored("output-forms")
+    rows = []
+    for row in result["rows"]:
+        low, high = row["difference_95"]
+        rows.append([row["form"], str(row["bytes"]), f"{row['ndcg@10']:.2f}", f"{low:+.2f} to {high:+.2f}"])
+    return f"{source(path)}\n\n{table(['form', 'bytes a document', 'nDCG@10', 'to float32'], rows)}"
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "scifact": scifact,
     "gates": gates,
@@ -140,6 +151,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "certified": certified,
     "trained": trained,
     "calibration": calibration,
+    "output_forms": output_forms,
     **SPEED,
 }
 
@@ -159,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare")
     arguments = parser.parse_args()
-    for path in (README, CARD, CALIBRATION, PERFORMANCE, SERVING, INDEX):
+    for path in (README, CARD, CALIBRATION, PERFORMANCE, SERVING, INDEX, EXPORT):
         text = path.read_text(encoding="utf-8")
         made = filled(text, path.parent)
         if arguments.check and made != text:

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 import doubles
+import genembed
 from genembed.errors import CheckpointError
 from genembed.tokens import PromptTokenizer
 from genembed.train import collate, head
@@ -148,3 +149,10 @@ def test_a_head_starts_at_the_ridge_regression_of_all_states_however_they_are_cu
     assert model.trained_head is not None
     torch.testing.assert_close(model.trained_head.dense.weight, expected[:-1].T.float(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.trained_head.dense.bias, expected[-1].float(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_cuts_a_model_is_trained_for_are_written_into_its_settings(models: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, model=str(doubles.saved("qwen2", models)), objective=Objective(dimensions=(16, 8)))
+    model = build(recipe, lambda _tokenizer: [])
+    model.save(tmp_path / "run", model.settings)
+    assert genembed.load(tmp_path / "run").settings.matryoshka_dims == (8, 16)
