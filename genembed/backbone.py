@@ -111,13 +111,11 @@ class Backbone:
         self.embedding: nn.Module = model.get_input_embeddings()
         self.trained_head = head
         self.has_head = has_head
-        table: Tensor = self.embedding.weight  # type: ignore[assignment]
-        self.spoken = table if head is None or head.tokens is None else table[head.tokens].detach()
-        self.head = LogitHead(self.spoken, bias=head.bias, transform=head) if head is not None else LogitHead.of(model)
-        if table.shape[1] != self.hidden_size:
+        self.read_vocabulary()
+        if self.table.shape[1] != self.hidden_size:
             raise ConfigurationError(
-                f"{type(model).__name__}: its input embeddings have {table.shape[1]} dimensions and its states {self.hidden_size}; a soft "
-                "token cannot be read as an input."
+                f"{type(model).__name__}: its input embeddings have {self.table.shape[1]} dimensions and its states {self.hidden_size}; a "
+                "soft token cannot be read as an input."
             )
         self.embedding_scale = _embedding_scale(self.embedding)
         self.packable = True
@@ -172,6 +170,12 @@ class Backbone:
         config = self.model.config.get_text_config()
         learned = config.model_type in ("bert", "gpt2", "gpt_neo", "opt")
         return int(config.max_position_embeddings) if learned else None
+
+    def read_vocabulary(self) -> None:
+        """Take the table and the head from the model as they are now; to be called again where training has put others in their place."""
+        own, table = self.trained_head, self.table
+        self.spoken = table if own is None or own.tokens is None else table[own.tokens].detach()
+        self.head = LogitHead(self.spoken, bias=own.bias, transform=own) if own is not None else LogitHead.of(self.model)
 
     def check_halt(self, rule: HaltingRule) -> None:
         """Refuse a rule that this model cannot follow, with the reason.

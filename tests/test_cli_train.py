@@ -289,7 +289,14 @@ def test_a_dry_run_prints_each_of_our_recipes_as_it_would_be_run(run: Run, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_are_cut_into_parts_by_an_option_of_its_own(run: Run, tmp_path: Path) -> None:
+    shown = run("train", "-r", "paper-qwen05b", "--data", "a.jsonl", "-o", tmp_path / "x", "--fsdp", "--set", "lora=null", "--dry-run")
+    assert (shown.json["fsdp"], shown.json["lora"]) == (True, None)
+
+
 MISTAKES: list[tuple[str, list[str]]] = [
+    ("train -r paper-qwen05b --data PAIRS -o x --fsdp", ["fsdp=True with lora=", "--set lora=null"]),
+    ("train -r paper-qwen05b --data PAIRS -o x --fsdp --set lora=null", ["fsdp=True with one process", "torchrun --nproc-per-node"]),
     ("train -o x --data PAIRS", ["'--recipe'"]),
     ("train -r FILE", ["'--output'"]),
     ("train -r FILE -o x --updates 5", ["--updates"]),

@@ -16,7 +16,7 @@ from genembed import ConfigurationError
 from genembed.errors import NonFiniteError
 from genembed.train.gather import from_first_process, gather_across_processes, leave_group, mean_across_processes
 from genembed.train.gradcache import cached_loss
-from genembed.train.objective import Objective
+from genembed.train.objective import Objective, Part
 
 WORLD, QUERIES, CANDIDATES, STEPS, WIDTH = 2, 3, 5, 2, 4
 """Rows are those of one process."""
@@ -50,7 +50,7 @@ def texts(process: int) -> tuple[Tensor, Tensor]:
 def own_queries(process: int, queries: Tensor, candidates: Tensor) -> Tensor:
     """The loss of this process's queries against the candidates of all, with the regulariser of all queries."""
     positives = POSITIVES + process * CANDIDATES
-    return OBJECTIVE(queries, gather_across_processes(candidates), positives=positives, joined=mean_across_processes).total
+    return OBJECTIVE(queries, gather_across_processes(candidates), positives=positives, part=Part(1.0, mean_across_processes)).total
 
 
 def all_queries(process: int, queries: Tensor, candidates: Tensor) -> Tensor:

@@ -203,6 +203,29 @@ def test_every_chunk_is_embedded_once_without_gradient_and_once_with_it() -> Non
     assert calls[3:] == [(0, True), (4, True), (8, True)]
 
 
+@pytest.mark.parametrize(("chunk", "chunks", "expected"), [(4, 1, [4, 4, 1]), (4, 3, [4, 4, 1]), (9, 4, [2, 2, 2, 3]), (1, 9, [1] * 9)])
+def test_as_many_chunks_are_made_as_another_process_makes(chunk: int, chunks: int, expected: list[int]) -> None:
+    """Where weights are in parts, each call of the model is one of all processes, whatever number of rows each has."""
+    model, x, sizes = Toy().eval(), torch.randn(ROWS, 4, dtype=torch.float64), []
+
+    def embed(part: slice) -> Tensor:
+        sizes.append(part.stop - part.start)
+        return model(x[part])
+
+    cached_loss(embed, ROWS, chunk, lambda z: z.square().sum(), chunks=chunks).backward()
+    assert sizes == 2 * expected
+    found = [weight.grad for weight in model.parameters()]
+    model.zero_grad()
+    model(x).square().sum().backward()
+    torch.testing.assert_close(found, [weight.grad for weight in model.parameters()], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunks", [0, ROWS + 1])
+def test_more_chunks_than_rows_are_refused(chunks: int) -> None:
+    with pytest.raises(ConfigurationError, match=rf"9 texts cannot be cut into {chunks} chunks.*use a larger chunk"):
+        cached_loss(lambda part: torch.zeros(part.stop - part.start, 1, 1), ROWS, 1, lambda z: z.sum(), chunks=chunks)
+
+
 def test_one_chunk_for_all_rows_is_embedded_only_once() -> None:
     model, x, calls = Toy(), inputs(), []
 

@@ -19,7 +19,6 @@ from genembed import ConfigurationError
 from genembed.errors import NonFiniteError, TrainingError
 from genembed.settings import GIRCSE
 from genembed.tokens import PromptTokenizer, TokenIds
-from genembed.train import heldout
 from genembed.train.callbacks import KeepBest, OwnIntervals, ProgressBar
 from genembed.train.collate import PairCollator
 from genembed.train.heldout import HeldOut
@@ -45,25 +44,26 @@ def held_out(*pairs: Pair, steps: tuple[int, ...] = (1,)) -> HeldOut:
     return HeldOut({"file": list(pairs)}, collator, Evaluation(steps=steps))
 
 
+_WRITTEN: dict[str, list[Any]] = {}
+
+
 @pytest.fixture
-def known(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+def known() -> dict[str, list[Any]]:
     """Let every text have the vector that is written down here, or one for each step; the other dimensions are 0."""
-    table: dict[str, list[Any]] = {}
-
-    def trajectories(_backbone: Any, prompts: Sequence[TokenIds], *, steps: int) -> Trajectories:
-        vectors = torch.zeros(len(prompts), steps, doubles.HIDDEN)
-        for row, ids in enumerate(prompts):
-            text = str(doubles.tokenizer().decode(ids, skip_special_tokens=True)).strip()
-            own = torch.tensor(table[text], dtype=torch.float32)
-            vectors[row, :, : own.shape[-1]] = own
-        return Trajectories(vectors, vectors[:, 0])
-
-    monkeypatch.setattr(heldout, "trajectories", trajectories)
-    return table
+    _WRITTEN.clear()
+    return _WRITTEN
 
 
 def measured(quality: HeldOut) -> dict[str, float]:
-    return quality.measure(doubles.backbone("qwen2"))
+    def refine(prompts: Sequence[TokenIds], steps: int) -> Trajectories:
+        vectors = torch.zeros(len(prompts), steps, doubles.HIDDEN)
+        for row, ids in enumerate(prompts):
+            text = str(doubles.tokenizer().decode(ids, skip_special_tokens=True)).strip()
+            own = torch.tensor(_WRITTEN[text], dtype=torch.float32)
+            vectors[row, :, : own.shape[-1]] = own
+        return Trajectories(vectors, vectors[:, 0])
+
+    return quality.measure(refine)
 
 
 # Held-out quality

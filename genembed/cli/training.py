@@ -45,13 +45,14 @@ class RecipeOptions:
         typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, such as objective.temperature=0.05; values are JSON."),
     ] = None
 
-    def read(self, recipe: str) -> Recipe:
+    def read(self, recipe: str, *, fsdp: bool = False) -> Recipe:
         """Return the recipe of this name or file with what is changed."""
         from genembed.cli.overrides import overridden
         from genembed.cli.recipe_files import chosen_recipe, data_file
 
         model = [] if self.model is None else [f"model={json.dumps(self.model)}"]
-        return overridden(chosen_recipe(recipe, [data_file(path) for path in self.data or ()]), [*model, *(self.assignments or ())])
+        assignments = [*model, *(["fsdp=true"] if fsdp else []), *(self.assignments or ())]
+        return overridden(chosen_recipe(recipe, [data_file(path) for path in self.data or ()]), assignments)
 
 
 @command
@@ -61,15 +62,22 @@ def train(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run and of the model.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad row instead of counting it.")] = False,
+    fsdp: Annotated[
+        bool,
+        typer.Option("--fsdp", help="Cut all weights into parts over the processes; the same as --set fsdp=true. See docs/training.md."),
+    ] = False,
     merge: Annotated[bool, typer.Option("--merge", help=f"Also write full weights, to OUTPUT/{_MERGED}.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe as JSON, and do nothing.")] = False,
     as_json: Json = False,
     changing: RecipeOptions,
     excluding: ExcludeOptions,
 ) -> None:
-    """Train a model; the output is a folder that every other command takes with -m."""
+    """Train a model; the output is a folder that every other command takes with -m.
+
+    Several devices: torchrun --nproc-per-node 4 -m genembed.cli train ...
+    """
     _check_extra()
-    chosen = changing.read(recipe)
+    chosen = changing.read(recipe, fsdp=fsdp)
     if dry_run:
         _show_recipe(chosen, as_json=as_json)
         return

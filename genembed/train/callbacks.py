@@ -145,16 +145,18 @@ class KeepBest(TrainerCallback):
         """Save a new best; count the evaluations since."""
         past = [(line[self.name], line["step"]) for line in state.log_history if self.name in line]
         best, place = max(past, key=lambda point: (point[0], -point[1]))
-        if place == state.global_step and state.is_world_process_zero:
-            self._save(best, place)
+        if place == state.global_step:
+            self._save(best, place, write=state.is_world_process_zero)
         since = sum(step > place for _, step in past)
         if self.patience and since >= self.patience:
             control.should_training_stop = True
 
-    def _save(self, value: float, step: int) -> None:
+    def _save(self, value: float, step: int, *, write: bool) -> None:
         staged, final = self.folder / f".{BEST}", self.folder / BEST
-        shutil.rmtree(staged, ignore_errors=True)
+        if write:
+            shutil.rmtree(staged, ignore_errors=True)
         with writing(final, leftover=staged):
-            self.model.save(staged, self.settings)
-            (staged / "score.json").write_text(json.dumps({"step": step, self.name: value}) + "\n", encoding="utf-8")
-            publish(staged, final)
+            self.model.save(staged, self.settings)  # on every process, as parts of weights are joined
+            if write:
+                (staged / "score.json").write_text(json.dumps({"step": step, self.name: value}) + "\n", encoding="utf-8")
+                publish(staged, final)

@@ -80,15 +80,17 @@ class PairCollator:
         limit = rng.choice(recipe.length_limits) if recipe.length_limits else None
         query = self._limited(recipe.query_tokens, limit)
         passage = self._limited(recipe.passage_tokens, limit)
-        pairs, read = self._readable(pairs, query, passage, instructed=instructed)
         processes = share.step or 1
-        count = max(processes, _fitting(read, recipe.batch_tokens) // processes * processes)
+        pairs, read = self._readable(pairs, query, passage, processes, instructed=instructed)
+        # One batch of all is cut alike whatever their number; several batches side by side are kept of one size.
+        unit = 1 if recipe.gather else processes
+        count = max(processes, _fitting(read, recipe.batch_tokens) // unit * unit)
         self.cut.update(pair.source for pair in pairs[count:])
         chosen = [(pair, *ids) for pair, ids in zip(pairs, read, strict=True)][:count]
         return _batch(number, steps, chosen[share])
 
     def _readable(
-        self, pairs: Sequence[Pair], query: PromptTokenizer, passage: PromptTokenizer, *, instructed: bool
+        self, pairs: Sequence[Pair], query: PromptTokenizer, passage: PromptTokenizer, processes: int, *, instructed: bool
     ) -> tuple[list[Pair], list[Read]]:
         """Tokenise pairs, leaving out those whose instruction has no room for a text: a run must not end for one of them."""
         kept, read = [], []
@@ -99,8 +101,8 @@ class PairCollator:
             except InputError as error:
                 self.skipped[pair.source] += 1
                 reason = error
-        if len(kept) < min(2, len(pairs)):
-            raise DataError(f"{pairs[0].source}: no batch can be made, as its pairs cannot be read: {reason}")
+        if len(kept) < min(max(2, processes), len(pairs)):
+            raise DataError(f"{pairs[0].source}: no batch can be made, as {len(pairs) - len(kept)} of its pairs cannot be read: {reason}")
         return kept, read
 
     def _limited(self, most: int, limit: int | None) -> PromptTokenizer:

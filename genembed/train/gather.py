@@ -68,6 +68,11 @@ def leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+def is_first_process() -> bool:
+    """Whether this process writes for all, as one process does for itself."""
+    return _is_alone() or torch.distributed.get_rank() == 0
+
+
 def from_first_process(compute: Callable[[], Value]) -> Value:
     """Return on every process what the first one computes, while the others wait; one of our errors is raised on all of them.
 

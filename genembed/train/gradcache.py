@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ def cached_loss(
     loss: Callable[[Tensor], Tensor],
     *,
     no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    chunks: int = 1,
 ) -> Float[Tensor, ""]:
     """Return the loss of all rows, whose backward pass embeds one chunk at a time.
 
@@ -46,13 +48,17 @@ def cached_loss(
         loss: Returns the loss, a scalar, of the trajectories of all rows in their order.
         no_sync: Entered for all chunks but the last, so that gradients travel between processes once: that of
             `DistributedDataParallel`.
+        chunks: Least number of chunks, 1 to `rows`, where processes must do alike.
 
     Raises:
-        ConfigurationError: If `rows` or `chunk` is below 1, or `embed` does not return a trajectory for each row.
+        ConfigurationError: If `rows` or `chunk` is below 1, `chunks` is not in its range, or `embed` does not return a trajectory for
+            each row.
     """
     if rows < 1 or chunk < 1:
         raise ConfigurationError(f"rows={rows}, chunk={chunk}: both must be at least 1.")
-    parts = [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
+    if not 1 <= chunks <= rows:
+        raise ConfigurationError(f"{rows} texts cannot be cut into {chunks} chunks, as many as another process has; use a larger chunk.")
+    parts = _parts(rows, chunk, chunks)
     if len(parts) == 1:
         return loss(_embedded(embed, parts[0]))
     trajectories, randomness = _embed_all(embed, parts)
@@ -74,6 +80,13 @@ def cached_loss(
 
     trajectories.requires_grad_(True).register_hook(replay)
     return loss(trajectories)
+
+
+def _parts(rows: int, chunk: int, chunks: int) -> list[slice]:
+    """Cut the rows into chunks of the given size, or where these are too few into equal ones."""
+    if math.ceil(rows / chunk) >= chunks:
+        return [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
+    return [slice(rows * place // chunks, rows * (place + 1) // chunks) for place in range(chunks)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,16 +10,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from genembed.backbone import Backbone
 from genembed.errors import ConfigurationError, NonFiniteError
 from genembed.tokens import TokenIds
 from genembed.train.collate import PairCollator
 from genembed.train.pairs import Pair
 from genembed.train.recipe import Evaluation
-from genembed.train.trajectories import trajectories
+from genembed.train.trajectories import Trajectories
 
 _TOKENS = 8_192
 """Prompt tokens refined together."""
+
+Refine = Callable[[Sequence[TokenIds], int], Trajectories]
+"""From prompts and a number of steps to their vectors."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,11 @@ class HeldOut:
         return f"mean_k{max(self.steps)}"
 
     @torch.no_grad()
-    def measure(self, backbone: Backbone) -> dict[str, float]:
+    def measure(self, refine: Refine) -> dict[str, float]:
         """Return `mean_kK` for every K, and `NAME_kK` of every file at the largest K.
+
+        Args:
+            refine: The model.
 
         Raises:
             NonFiniteError: If a vector is not finite: it has no rank.
@@ -72,7 +77,7 @@ class HeldOut:
         values: dict[int, list[float]] = {k: [] for k in self.steps}
         result: dict[str, float] = {}
         for name, task in self.tasks.items():
-            queries, candidates = (self._refined(backbone, texts) for texts in (task.queries, task.candidates))
+            queries, candidates = (self._refined(refine, texts) for texts in (task.queries, task.candidates))
             score = _spearman if task.scores is not None else _ndcg
             for place, k in enumerate(self.steps):
                 _check_finite(torch.cat([queries[:, place], candidates[:, place]]), name, k)
@@ -80,18 +85,21 @@ class HeldOut:
             result[f"{name}_k{max(self.steps)}"] = values[max(self.steps)][-1]
         return {**{f"mean_k{k}": float(np.mean(own)) for k, own in values.items()}, **result}
 
-    def _refined(self, backbone: Backbone, prompts: list[TokenIds]) -> Float[Tensor, "rows chosen hidden"]:
+    def _refined(self, refine: Refine, prompts: list[TokenIds]) -> Float[Tensor, "rows chosen hidden"]:
         """Refine all texts and keep z at the chosen K."""
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-        kept = torch.empty(len(prompts), len(self.steps), backbone.hidden_size)
+        kept: Tensor | None = None
         start = 0
         while start < len(order):
             count = max(1, _TOKENS // (len(prompts[order[min(start + 256, len(order)) - 1]])))
             rows = order[start : start + min(count, 256)]
-            refined = trajectories(backbone, [prompts[row] for row in rows], steps=max(self.steps))
+            refined = refine([prompts[row] for row in rows], max(self.steps))
             every = torch.cat([refined.start[:, None], refined.vectors], dim=1) if max(self.steps) else refined.vectors
+            if kept is None:
+                kept = torch.empty(len(prompts), len(self.steps), every.shape[-1])
             kept[rows] = every[:, list(self.steps)].float().cpu()
             start += len(rows)
+        assert kept is not None  # a task has texts
         return kept
 
 

@@ -12,20 +12,23 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from genembed import cpu
 from genembed.backbone import Backbone, SoftTokenHead
-from genembed.checkpoint import ADAPTER_WEIGHTS, load, twin
+from genembed.checkpoint import ADAPTER_WEIGHTS, load, quiet, twin
 from genembed.errors import CheckpointError, ConfigurationError
 from genembed.halting import FixedSteps
 from genembed.pooling import Pooling
 from genembed.settings import ModelSettings
 from genembed.source import HEAD_FILE, SETTINGS_FILE, Source, resolve, sha256
 from genembed.tokens import PromptTokenizer, TokenIds
+from genembed.train.gather import is_first_process
 from genembed.train.recipe import Recipe
+from genembed.train.sharding import own_part, whole
 from genembed.train.trajectories import Trajectories, trajectories
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -52,6 +55,8 @@ class TrainableEmbedder(nn.Module):
 
     def forward(self, prompts: Sequence[TokenIds], steps: int) -> Trajectories:
         """Refine texts with gradients."""
+        if self.adapter is None:
+            self.backbone.read_vocabulary()  # a trained table, or one that was gathered for this pass
         return trajectories(self.backbone, prompts, steps=steps)
 
     def train(self, mode: bool = True) -> TrainableEmbedder:
@@ -77,11 +82,22 @@ class TrainableEmbedder(nn.Module):
                 part.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
     def save(self, folder: Path, settings: ModelSettings) -> None:
-        """Write a folder that `genembed.load` reads."""
+        """Write a folder that `genembed.load` reads.
+
+        Every process must call this, as parts of weights are joined; the first one writes.
+        """
+        weights = None
+        if isinstance(self, FSDPModule):
+            self.reshard()
+            weights = whole(self.backbone.model.state_dict(keep_vars=True))
+        head = whole(self.trained_head.state_dict(keep_vars=True)) if self.trained_head is not None else None
+        if not is_first_process():
+            return
         folder.mkdir(parents=True, exist_ok=True)
         values: dict[str, Any] = settings.to_json()
         if self.adapter is None:
-            self.backbone.model.save_pretrained(folder)
+            with quiet():
+                self.backbone.model.save_pretrained(folder, state_dict=weights)
             self.tokenizer.tokenizer.save_pretrained(folder)
         else:
             # Not `auto`, PEFT's default: that asks the hub for the base model's config.json.
@@ -89,8 +105,8 @@ class TrainableEmbedder(nn.Module):
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
             weights = self.source.base / WEIGHTS
             values["base"] = {"sha256": sha256(weights)} if weights.is_file() else {}
-        if self.trained_head is not None:
-            state = {name: value.detach().cpu().contiguous() for name, value in self.trained_head.state_dict().items()}
+        if head is not None:
+            state = {name: value.detach().cpu().contiguous() for name, value in head.items()}
             save_file(state, folder / HEAD_FILE)
         (folder / SETTINGS_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
@@ -100,6 +116,8 @@ class TrainableEmbedder(nn.Module):
         Raises:
             CheckpointError: If they are not those of this model.
         """
+        if isinstance(self, FSDPModule):
+            self.reshard()  # an evaluation leaves the table and the head gathered
         if self.adapter is None:
             _copy_into(self.backbone.model, _full_weights(folder), folder, tied=True)
         else:
@@ -130,7 +148,9 @@ def build(recipe: Recipe, sample: Callable[[PromptTokenizer], list[TokenIds]]) -
     recipe.check_settings(settings)
     # The soft-token head of an encoder may not exist yet, so the base is read as a one-pass model first.
     plain = replace(settings, pooling=Pooling(kind="mean"), halt=FixedSteps(0), adapter_positions="all")
-    loaded = load(replace(source, settings=plain if recipe.fit_head else settings), device=_device(), dtype="float32")
+    # What will be cut into parts has no room on a device of its own yet.
+    device = "cpu" if recipe.fsdp else _device()
+    loaded = load(replace(source, settings=plain if recipe.fit_head else settings), device=device, dtype="float32")
     _check_positions(recipe, loaded.backbone)
     model, tokenizer = loaded.backbone.model, PromptTokenizer(loaded.tokenizer.tokenizer, settings)
     head = _new_head(recipe, loaded.backbone, tokenizer, sample) if recipe.fit_head else loaded.backbone.trained_head
@@ -212,7 +232,10 @@ def _full_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _copy_into(module: nn.Module, state: dict[str, Tensor], folder: Path, *, tied: bool) -> None:
-    result = module.load_state_dict(state, strict=False)
+    own = module.state_dict()
+    result = module.load_state_dict(
+        {name: own_part(weight, own[name]) if name in own else weight for name, weight in state.items()}, strict=False
+    )
     if result.unexpected_keys or (result.missing_keys and not tied):
         raise CheckpointError(f"{folder}: its weights are not those of this run: {[*result.unexpected_keys, *result.missing_keys][:3]}.")
 

@@ -27,6 +27,21 @@ StepLoss = Callable[[Tensor, Tensor], Tensor]
 StepMean = Callable[[Tensor], Tensor]
 """From the step losses of a part of a batch to those of the whole."""
 
+
+@dataclass(frozen=True)
+class Part:
+    """What a batch is of a larger one, whose loss is the mean of its parts' losses."""
+
+    share: float
+    """Queries of this part, over the mean of all parts: a part with more of them counts for more."""
+    joined: StepMean | None
+    """Makes the mean of the step losses over all parts. The regulariser is not linear in them, so the mean of the parts' own would be
+    another one."""
+
+
+WHOLE = Part(1.0, None)
+"""A batch by itself."""
+
 _WEIGHTED = ("regulariser", "distillation", "self_distillation")
 """Terms beside the step losses; a setting of the same name is the weight."""
 
@@ -118,7 +133,7 @@ class Objective:
         ignore: Bool[Tensor, "queries candidates"] | None = None,
         scores: Float[Tensor, "queries"] | None = None,
         teacher: Teacher | None = None,
-        joined: StepMean | None = None,
+        part: Part = WHOLE,
     ) -> ObjectiveValue:
         """Return the loss of one batch, and its parts.
 
@@ -129,8 +144,7 @@ class Objective:
             ignore: With positives, True where a candidate is known to be right for a query too and must not count against it.
             scores: The similarity of queries[i] and candidates[i], instead of positives: ranking loss.
             teacher: A frozen model's embeddings of the same batch, where `needs_teacher`.
-            joined: Where the batch is a part of a larger one: makes the mean of the step losses over all parts. The regulariser is not
-                linear in them, so the mean of the parts' own would be another one.
+            part: What of a larger batch this one is.
 
         Raises:
             ConfigurationError: If the arguments do not fit one another or these settings.
@@ -138,7 +152,7 @@ class Objective:
         self._check_batch(queries, candidates, scores, teacher)
         step_loss = self._step_loss(positives, ignore, scores, teacher)
         widths = self.dimensions or (queries.shape[-1],)
-        terms = [self._terms(queries[..., :width], candidates[..., :width], step_loss, teacher, joined) for width in widths]
+        terms = [self._terms(queries[..., :width], candidates[..., :width], step_loss, teacher, part) for width in widths]
         parts = {name: torch.stack([term[name] for term in terms]).mean(dim=0) for name in terms[0]}
         total = self._reduce(parts["step_losses"])
         for name in _WEIGHTED:
@@ -219,22 +233,21 @@ class Objective:
             )
         return partial(stepwise_ranking, temperature=self.temperature, scores=scores)
 
-    def _terms(
-        self, queries: Tensor, candidates: Tensor, step_loss: StepLoss, teacher: Teacher | None, joined: StepMean | None
-    ) -> dict[str, Tensor]:
+    def _terms(self, queries: Tensor, candidates: Tensor, step_loss: StepLoss, teacher: Teacher | None, part: Part) -> dict[str, Tensor]:
         """Compute every term that is on, before its weight."""
-        losses = step_loss(queries, candidates)
+        losses = part.share * step_loss(queries, candidates)
         terms = {"step_losses": losses, **dict.fromkeys(_WEIGHTED, losses.new_zeros(()))}
         distil = partial(similarity_distillation, temperature=self._distillation_temperature)
         if self.regulariser:
-            terms["regulariser"] = refinement_regulariser(losses if joined is None else joined(losses))
+            terms["regulariser"] = refinement_regulariser(losses if part.joined is None else part.joined(losses))
         if self.distillation:
             frozen = _required(teacher)
-            terms["distillation"] = self._reduce(distil(queries, candidates, frozen.queries, frozen.candidates))
+            terms["distillation"] = part.share * self._reduce(distil(queries, candidates, frozen.queries, frozen.candidates))
         step = self.self_distillation_step
         if self.self_distillation and queries.shape[1] > step:
             early, last = slice(step - 1, step), -1
-            terms["self_distillation"] = distil(queries[:, early], candidates[:, early], queries[:, last], candidates[:, last])[0]
+            own = distil(queries[:, early], candidates[:, early], queries[:, last], candidates[:, last])[0]
+            terms["self_distillation"] = part.share * own
         return terms
 
     def _reduce(self, step_losses: Float[Tensor, "steps"]) -> Float[Tensor, ""]:

@@ -135,6 +135,9 @@ class Recipe:
     """Keep only the inputs of each layer and compute it again in the backward pass."""
     gather: bool = True
     """Let the candidates of all processes be negatives for each other."""
+    fsdp: bool = False
+    """Cut all weights, their gradients and Adam's state into parts over the processes, where a device has no room for them; for training
+    all weights (lora=None) with several processes."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward pass (automatic mixed precision); weights and loss stay in float32."""
 
@@ -233,6 +236,11 @@ class Recipe:
         objective = self.objective
         if self.head_tokens and not (self.fit_head and self.lora):
             raise ConfigurationError(f"head_tokens={self.head_tokens} has an effect with fit_head and an adapter only.")
+        if self.fsdp and self.lora is not None:
+            raise ConfigurationError(
+                f"fsdp=True with lora={self.lora}: an adapter is small, and each process has it whole; leave fsdp out (DDP), or train all "
+                "weights with lora=None (--set lora=null)."
+            )
         if self.teacher is not None and not objective.needs_teacher:
             raise ConfigurationError(
                 f"teacher={self.teacher!r}: the objective asks no teacher; set objective.distillation or "

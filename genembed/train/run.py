@@ -23,19 +23,22 @@ from genembed.train.batches import BatchStream, held_out_pairs
 from genembed.train.callbacks import BEST, History, KeepBest, OwnIntervals, ProgressBar
 from genembed.train.collate import BatchLoader, PairCollator
 from genembed.train.durable import replace_text, writing
+from genembed.train.gather import is_first_process
 from genembed.train.head import fit_head
 from genembed.train.heldout import HeldOut
+from genembed.train.launch import check_launch, continued
 from genembed.train.model import TrainableEmbedder, build
 from genembed.train.overlap import TextFilter
 from genembed.train.pairs import BadRows
 from genembed.train.recipe import Recipe
+from genembed.train.sharding import shard
 from genembed.train.teacher import FrozenTeacher, check_own_start
 from genembed.train.trainer import STAGING, StepwiseTrainer, complete_checkpoint
 
 RECIPE_FILE = "recipe.json"
 
-_FREE = ("updates", "save_every", "keep", "log_every", "report_to")
-"""What may change between a run and its continuation."""
+_FREE = ("updates", "save_every", "keep", "log_every", "report_to", "fsdp")
+"""What may change between a run and its continuation; the number of processes may too (`launch.continued`)."""
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +53,8 @@ def train(
     Args:
         recipe: The run.
         output: Folder of the run and of the model; created.
-        resume: Go on from the newest complete checkpoint of the folder; the losses are those of an unbroken run on CPU.
+        resume: Go on from the newest complete checkpoint of the folder, also with another number of processes; the losses are those of an
+            unbroken run on CPU.
         strict: Stop at the first bad row instead of counting it.
         exclude: Texts that must not be trained on.
 
@@ -62,7 +66,7 @@ def train(
         TrainingError: If a checkpoint cannot be written.
         NonFiniteError: If the loss stops being finite; the batch is kept for inspection.
     """
-    checkpoint = _prepare(recipe, output, exclude, resume=resume)
+    recipe, checkpoint = _prepare(recipe, output, exclude, resume=resume)
     set_seed(recipe.seed)
     model = build(recipe, lambda tokenizer: _texts(recipe, tokenizer, exclude))
     if recipe.objective.needs_teacher and recipe.teacher is None:
@@ -70,6 +74,8 @@ def train(
     data = _Data(recipe, PairCollator(recipe, model.tokenizer, model.settings), exclude, strict=strict)
     if recipe.fit_head and checkpoint is None:
         fit_head(model, _texts(recipe, model.tokenizer, exclude))
+    if recipe.fsdp:
+        shard(model, PartialState().device.type, bfloat16=recipe.dtype == "bfloat16")
     bar = ProgressBar()
     trainer = _trainer(model, data, output, checkpoint, bar)
     try:
@@ -80,16 +86,15 @@ def train(
         data.report()
     if recipe.evaluation is not None and recipe.evaluation.patience:
         model.restore(output / BEST)
-    if trainer.args.should_save:
-        with writing(output):
-            model.save(output, recipe.served or model.settings)
+    with writing(output):
+        model.save(output, recipe.served or model.settings)
     return model.eval()
 
 
-def _prepare(recipe: Recipe, output: Path, exclude: TextFilter | None, *, resume: bool) -> Path | None:
-    """Check the run's folder; return the checkpoint to go on from."""
+def _prepare(recipe: Recipe, output: Path, exclude: TextFilter | None, *, resume: bool) -> tuple[Recipe, Path | None]:
+    """Check how and where the run was started; return its recipe for these processes, and the checkpoint to go on from."""
     state, path = PartialState(cpu=not torch.cuda.is_available()), output / RECIPE_FILE
-    value = {**recipe_json(recipe), "processes": state.num_processes, "excluded": 0 if exclude is None else exclude.fingerprint}
+    check_launch(recipe, state.num_processes)
     if state.is_main_process:
         shutil.rmtree(output / STAGING, ignore_errors=True)  # what a killed run left half written
         recover_all(output)
@@ -97,18 +102,23 @@ def _prepare(recipe: Recipe, output: Path, exclude: TextFilter | None, *, resume
     checkpoint = complete_checkpoint(output) if output.is_dir() else None
     if checkpoint is not None and not resume:
         raise ConfigurationError(f"{output} holds a run ({checkpoint.name}); go on with --resume, or choose another folder.")
-    if checkpoint is not None and path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(name for name in before if name not in _FREE and before[name] != value.get(name))
-        if changed:
-            raise ConfigurationError(f"{output}: the run was started with another {', '.join(changed)}; choose another folder.")
-    if resume and checkpoint is None:
-        log.warning("%s has no complete checkpoint: the run starts from the beginning.", output)
+    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if checkpoint is not None and path.is_file() else {}
+    if before:
+        recipe = continued(recipe, before, state.num_processes)
+    value = {**recipe_json(recipe), "processes": state.num_processes, "excluded": 0 if exclude is None else exclude.fingerprint}
+    if before:
+        # As it was started: the same recipe goes on with any number of processes after any other.
+        value |= {name: before[name] for name in ("queries", "processes")}
+    changed = sorted(name for name in before if name not in _FREE and before[name] != value.get(name))
+    if changed:
+        raise ConfigurationError(f"{output}: the run was started with another {', '.join(changed)}; choose another folder.")
     if state.is_main_process:
+        if resume and checkpoint is None:
+            log.warning("%s has no complete checkpoint: the run starts from the beginning.", output)
         output.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(value, indent=2) + "\n")
     state.wait_for_everyone()
-    return checkpoint
+    return recipe, checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +151,9 @@ class _Data:
             loader.close()
 
     def report(self) -> None:
-        """Say what was not used."""
+        """Say what was not used; all processes read the same pairs, and the first one says it."""
+        if not is_first_process():
+            return
         if self.bad.total or self.bad.texts:
             log.warning("%s", self.bad.report())
         dropped = Counter() if self.exclude is None else self.exclude.dropped
@@ -205,7 +217,8 @@ def _stream(
 def _texts(recipe: Recipe, tokenizer: PromptTokenizer, exclude: TextFilter | None) -> list[TokenIds]:
     """Return prompts of the first batches, bare, as many as the head is started from."""
     prompts: list[TokenIds] = []
-    for pairs in _stream(recipe, exclude, recipe.queries, strict=False, bad=BadRows(), crowded_out=Counter()):
+    size = recipe.queries * PartialState().num_processes  # or as many processes would start another head
+    for pairs in _stream(recipe, exclude, size, strict=False, bad=BadRows(), crowded_out=Counter()):
         prompts += tokenizer([text for pair in pairs for text in (pair.query, *pair.positives, *pair.negatives)]).ids
         if len(prompts) >= recipe.fit_head:
             break

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from genembed.backbone import Backbone
 from genembed.errors import ConfigurationError, NonFiniteError
 from genembed.files import publish
+from genembed.tokens import TokenIds
 from genembed.train.collate import BatchLoader, TrainingBatch
 from genembed.train.durable import writing
 from genembed.train.gather import from_first_process, gather_across_processes, mean_across_processes
@@ -25,9 +31,11 @@ from genembed.train.heldout import HeldOut
 from genembed.train.losses import known_answers
 from genembed.train.means import LossMeans
 from genembed.train.model import TrainableEmbedder
-from genembed.train.objective import ObjectiveValue, Teacher
+from genembed.train.objective import WHOLE, ObjectiveValue, Part, Teacher
 from genembed.train.recipe import Recipe
+from genembed.train.sharding import is_sharded, parts_of_state, whole
 from genembed.train.teacher import FrozenTeacher
+from genembed.train.trajectories import Trajectories, trajectories
 
 STAGING = ".incomplete"
 BAD_BATCH = "bad_batch.json"
@@ -70,6 +78,8 @@ class StepwiseTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs and one process: start one process for each GPU, "
                 f"torchrun --nproc_per_node {self.args.n_gpu} -m genembed.cli train ..., or hide the others with CUDA_VISIBLE_DEVICES."
             )
+        # Accelerate must not wrap weights that are cut into parts already.
+        self.is_distributed_loading_by_transformers = is_sharded(model)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, to be divided by the accumulated batches
         for theirs in (PrinterCallback, ProgressCallback):
             self.remove_callback(theirs)
@@ -104,7 +114,19 @@ class StepwiseTrainer(Trainer):
             return self._objective(vectors, start, batch).total
 
         no_sync = getattr(model, "no_sync", contextlib.nullcontext)
-        return cached_loss(embed, len(prompts), self.recipe.chunk, loss, no_sync=no_sync)
+        return cached_loss(embed, len(prompts), self.recipe.chunk, loss, no_sync=no_sync, chunks=self._least_chunks(len(prompts)))
+
+    def _least_chunks(self, texts: int) -> int:
+        """Return how many chunks this process must make at least, however few texts it has.
+
+        Weights in parts are gathered by all processes together. DistributedDataParallel exchanges more than gradients in a pass with
+        gradient, which comes before the loss where there is one chunk, and after it where there are several: all must do alike.
+        """
+        if self.args.world_size == 1:
+            return 1
+        most = int(gather_across_processes(torch.tensor([texts], device=self.args.device)).max())
+        chunks = math.ceil(most / self.recipe.chunk)
+        return chunks if is_sharded(self.embedder) else min(2, chunks)
 
     def _objective(self, vectors: Tensor, start: Tensor, batch: TrainingBatch) -> ObjectiveValue:
         count = len(batch.queries)
@@ -138,16 +160,17 @@ class StepwiseTrainer(Trainer):
         count, keys = len(queries), batch.keys.to(queries.device)
         answered = torch.nn.functional.pad(keys[:count], (0, 0, 0, len(candidates) - count), value=_NO_KEY)
         own = _Candidates(candidates, keys[count:], answered, None if teacher is None else teacher.candidates)
-        positives = torch.arange(count, device=queries.device)
+        positives, share = torch.arange(count, device=queries.device), 1.0
         if self._joins:
+            counts = gather_across_processes(torch.tensor([[count, len(candidates)]], device=queries.device))
             # This process's positives move behind the candidates of the processes before it.
-            counts = gather_across_processes(torch.tensor([len(candidates)], device=queries.device))
-            own, positives = own.gathered(), positives + counts[: self.args.process_index].sum()
+            own, positives = own.gathered(), positives + counts[: self.args.process_index, 1].sum()
+            share = count * len(counts) / int(counts[:, 0].sum())
         if teacher is not None and own.taught is not None:
             teacher = Teacher(teacher.queries, own.taught)
         ignore = known_answers(keys[:count], own.keys, own.answered, positives)
-        joined = mean_across_processes if self._joins else None
-        return self.recipe.objective(queries, own.vectors, positives=positives, ignore=ignore, teacher=teacher, joined=joined)
+        part = Part(share, mean_across_processes) if self._joins else WHOLE
+        return self.recipe.objective(queries, own.vectors, positives=positives, ignore=ignore, teacher=teacher, part=part)
 
     def _taught(self, start: Tensor, batch: TrainingBatch) -> Teacher:
         """Return the teacher's embeddings of a batch."""
@@ -169,10 +192,16 @@ class StepwiseTrainer(Trainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip gradients; refuse those that are not finite."""
-        norm = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
-        self._check_finite("gradient norm", torch.as_tensor(norm))
+        norm = torch.as_tensor(super()._clip_grad_norm(model))  # type: ignore[no-untyped-call]
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self._check_finite("gradient norm", norm)
         self._since_update = []
         return norm
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Add accumulated batches up in parts; to send them once, each process would have to hold all gradients."""
+        yield
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return AdamW, with a learning rate of its own for a trained soft-token head."""
@@ -196,12 +225,16 @@ class StepwiseTrainer(Trainer):
         return cast("Tensor", self.accelerator.reduce(numbers, reduction="mean"))
 
     def evaluate(self, *_arguments: Any, metric_key_prefix: str = "eval", **_options: Any) -> dict[str, float]:
-        """Measure quality on held-out pairs at every K of the recipe, on the first process."""
+        """Measure quality on held-out pairs at every K of the recipe, on the first process; all of them read where each has a part."""
         held_out = self.held_out
         if held_out is None:
             return {}
         self.embedder.eval()
-        values = from_first_process(lambda: held_out.measure(self.embedder.backbone))
+        if is_sharded(self.embedder):
+            found = held_out.measure(self.embedder)
+            values = from_first_process(lambda: found)
+        else:
+            values = from_first_process(lambda: held_out.measure(partial(_refined, self.embedder.backbone)))
         self.embedder.train()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(metrics)
@@ -210,12 +243,34 @@ class StepwiseTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the model's own folder format; no pickled arguments."""
-        if self.args.should_save:
-            self.embedder.save(Path(output_dir or self.run_folder), self.recipe.served or self.embedder.settings)
+        self.embedder.save(Path(output_dir or self.run_folder), self.recipe.served or self.embedder.settings)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.embedder.restore(Path(resume_from_checkpoint))
         self._means.load(Path(resume_from_checkpoint), self.args.device)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Write the optimizer's state whole, so that a checkpoint is the same whatever the number of processes and their parts."""
+        if not is_sharded(self.embedder):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        state = whole(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not is_sharded(self.embedder):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        # Mapped, not read: each process takes its parts out of it.
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+        self.optimizer.load_state_dict(parts_of_state(state, self.optimizer))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _get_output_dir(self, trial: Any) -> str:
         # Checkpoints are written here and renamed once complete.
@@ -233,6 +288,10 @@ class StepwiseTrainer(Trainer):
             with writing(final, leftover=self.run_folder / STAGING):
                 publish(staged, final)
             rotate_checkpoints(output_dir=str(self.run_folder), save_total_limit=self.recipe.keep, use_mtime=True)
+
+
+def _refined(backbone: Backbone, prompts: Sequence[TokenIds], steps: int) -> Trajectories:
+    return trajectories(backbone, prompts, steps=steps)
 
 
 def complete_checkpoint(folder: Path) -> Path | None:

@@ -47,7 +47,7 @@ def trajectories(backbone: Backbone, prompts: Sequence[TokenIds], *, steps: int)
     progress = backbone.settings.pooling.start(index, rows.last_hidden, rows.mean_hidden, window=0)
     start = progress.embedding
     if not steps:
-        return Trajectories(start[:, None], start)
+        return Trajectories(torch.stack([start], dim=1), start)  # a view would be no output of its own to FSDP
     vectors = []
     for _ in range(steps):
         progress, _cosine = step(backbone, rows, progress)
