@@ -18,7 +18,7 @@ def jobs(benchmarks: Path) -> Any:
 
 @pytest.mark.slow
 def test_a_job_that_is_killed_again_and_again_ends_in_the_bytes_of_an_unbroken_one(jobs: Any, tmp_path: Path) -> None:
-    found = jobs.kills(tmp_path, kills=6, rows=200_000, seed=3)
+    found = jobs.kills(tmp_path, kills=4, rows=50_000, seed=3)
     assert found["jobs_finished"] >= 1
     assert (found["not_identical"], found["lost"], found["twice"]) == (0, 0, 0)
 
