@@ -160,7 +160,8 @@ def jobs() -> str:
         [
             f"{', '.join(disks)}, at every write ({source(faults_path)})",
             f"{sum(one['tried'] for one in disks.values())}",
-            f"{sum(one['not_named'] for one in disks.values())} not named, {sum(one['not_identical'] for one in disks.values())} other bytes",
+            f"{sum(one['not_named'] for one in disks.values())} not named, "
+            f"{sum(one['not_identical'] for one in disks.values())} jobs with other bytes",
         ],
         ["a bit flipped in a finished job, `genembed job verify`", f"{flips['tried']}", f"{flips['missed']} missed"],
         [
