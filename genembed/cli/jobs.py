@@ -22,9 +22,15 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Embed whole corpora into shards of vectors: killed jobs go on, no row is lost or written twice.",
-    no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+
+@app.callback(invoke_without_command=True)
+def _job(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
 
 Folder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the job.")]
 Prometheus = Annotated[Path | None, typer.Option(help="Also write the figures to this file, for Prometheus' node exporter (.prom).")]
