@@ -26,12 +26,6 @@ app = typer.Typer(
 )
 
 
-@app.callback(invoke_without_command=True)
-def _job(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-
-
 Folder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the job.")]
 Prometheus = Annotated[Path | None, typer.Option(help="Also write the figures to this file, for Prometheus' node exporter (.prom).")]
 
