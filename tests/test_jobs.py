@@ -224,6 +224,24 @@ def test_too_many_rejects_stop_the_job_and_more_may_be_allowed(tmp_path: Path) -
     assert embed(tmp_path / "out", source, max_rejects=6)["rejects"] == 6
 
 
+def test_rejects_of_all_shards_count_together(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", [*["refuse"] * 3, *TEXTS[:10], *["refuse"] * 3])
+    with pytest.raises(JobError, match=r"6 rows cannot be embedded"):
+        embed(tmp_path / "out", source)
+    assert [path.name for path in (tmp_path / "out" / "receipts").iterdir()] == ["000000.json"]
+
+
+def test_a_worker_that_has_waited_for_another_one_does_not_make_its_shard_again(tmp_path: Path, source: Path) -> None:
+    folder, log = JobFolder(tmp_path / "out"), tmp_path / "log"
+    prepare(folder, corpus(source), description())
+    workers = [threading.Thread(target=Worker(folder, Stub(log=log, seconds=0.3), Place()).make, args=(0,)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(log.read_text().splitlines()) == sorted(TEXTS[:10])
+
+
 def test_a_changed_input_is_refused_and_a_touched_one_is_not(tmp_path: Path, source: Path) -> None:
     embed(tmp_path / "out", source)
     os.utime(source, (1, 1))
