@@ -423,6 +423,23 @@ def test_the_state_is_read_while_others_work(tmp_path: Path, source: Path) -> No
     assert (watch.status().complete, watch.status().done, watch.status().workers) == (True, 23, 0)
 
 
+def test_rows_of_a_shard_that_is_not_safe_yet_are_told_apart(tmp_path: Path, source: Path) -> None:
+    folder = JobFolder(tmp_path / "out")
+    plan = prepare(folder, corpus(source), description())
+    reporter, watch = Reporter(folder, 0), Watch(folder, plan)
+    reporter.begin(1)
+    reporter.advance(Stub()(Place())(TEXTS[:6]), 2)
+    reporter.end()
+    reporter.begin(1)
+    reporter.state.shard_rows, reporter.state.shard_rejects = 8, 2
+    reporter._said = 0.0
+    reporter.advance(Stub()(Place())([]), 0)
+    status = watch.status()
+    assert (status.done, status.in_work, status.rejects) == (0, 8, 2)
+    Worker(folder, Stub(), Place()).make(1)
+    assert (watch.status().done, watch.status().in_work) == (10, 0)
+
+
 def test_a_worker_does_not_mind_that_another_has_finished_and_cleared_away(tmp_path: Path, source: Path) -> None:
     folder = JobFolder(tmp_path / "out")
     prepare(folder, corpus(source), description())
