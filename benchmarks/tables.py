@@ -26,7 +26,7 @@ README = Path(__file__).parents[1] / "README.md"
 CALIBRATION = README.parent / "docs" / "calibration.md"
 PERFORMANCE = CALIBRATION.parent / "performance.md"
 SERVING, INDEX = CALIBRATION.parent / "serving.md", CALIBRATION.parent / "indexing.md"
-EXPORT = CALIBRATION.parent / "export.md"
+EXPORT, JOBS = CALIBRATION.parent / "export.md", CALIBRATION.parent / "jobs.md"
 CARD = README.parent / "genembed" / "builtin" / "mini" / "README.md"
 
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -144,6 +144,44 @@ def output_forms() -> str:
     return f"{source(path)}\n\n{table(['form', 'bytes a document', 'nDCG@10', 'to float32'], rows)}"
 
 
+def jobs() -> str:
+    """What corpus jobs lose, and what they take."""
+    (kills_path, kills), (faults_path, faults) = stored("jobs-kills"), stored("jobs-faults")
+    (scheduler_path, scheduler), (corpus_path, corpus) = stored("jobs-scheduler"), stored("jobs-corpus")
+    disks = {name: one for name, one in faults.items() if isinstance(one, dict) and "not_named" in one}
+    flips = faults["flipped in a finished job"]
+    peaks = corpus["peak_memory_mib_by_shard"]
+    rows = [
+        [
+            f"killed at random instants, {kills['rows']:,} rows, {kills['workers']} workers ({source(kills_path)})",
+            f"{kills['kills']:,} kills, {kills['jobs_finished']} jobs",
+            f"{kills['not_identical']} other bytes, {kills['lost']} rows lost, {kills['twice']} twice",
+        ],
+        [
+            f"{', '.join(disks)}, at every write ({source(faults_path)})",
+            f"{sum(one['tried'] for one in disks.values())}",
+            f"{sum(one['not_named'] for one in disks.values())} not named, "
+            f"{sum(one['not_identical'] for one in disks.values())} jobs with other bytes",
+        ],
+        ["a bit flipped in a finished job, `genembed job verify`", f"{flips['tried']}", f"{flips['missed']} missed"],
+        [
+            f"{scheduler['workers']} simulated workers, shards of {scheduler['mean_seconds_of_a_shard']} s, the longest "
+            f"{scheduler['longest_to_mean']} times that ({source(scheduler_path)})",
+            f"{scheduler['shards']} shards",
+            f"{scheduler['overhead']:.2%} of the workers' time lost; {scheduler['makespan_seconds']} s, list scheduling "
+            f"{scheduler['list_scheduling_seconds']} s",
+        ],
+        [
+            f"`{corpus['model']}` over {corpus['rows']:,} texts, {corpus['tokens'] / corpus['rows']:.0f} tokens each, one process "
+            f"({source(corpus_path)})",
+            f"{corpus['shards']} shards",
+            f"{corpus['rows_per_second']:.0f} rows/s, {corpus['mean_steps']:.2f} steps; peak memory {peaks[1]:,} MiB in the second shard, "
+            f"{peaks[-1]:,} in the last",
+        ],
+    ]
+    return table(["", "tried", "found"], rows)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "scifact": scifact,
     "gates": gates,
@@ -152,6 +190,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "trained": trained,
     "calibration": calibration,
     "output_forms": output_forms,
+    "jobs": jobs,
     **SPEED,
 }
 
@@ -171,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare")
     arguments = parser.parse_args()
-    for path in (README, CARD, CALIBRATION, PERFORMANCE, SERVING, INDEX, EXPORT):
+    for path in (README, CARD, CALIBRATION, PERFORMANCE, SERVING, INDEX, EXPORT, JOBS):
         text = path.read_text(encoding="utf-8")
         made = filled(text, path.parent)
         if arguments.check and made != text:

@@ -19,6 +19,7 @@ from genembed import ConfigurationError, InputError, load
 from genembed.errors import JobError
 from genembed.jobs.encoder import Place
 from genembed.jobs.folder import Description, JobFolder
+from genembed.jobs.heartbeat import Reporter
 from genembed.jobs.manifest import damage, finish
 from genembed.jobs.model import ModelFactory
 from genembed.jobs.run import Corpus, prepare, run_local
@@ -402,6 +403,18 @@ def test_the_state_is_read_while_others_work(tmp_path: Path, source: Path) -> No
     assert not watch.status().complete
     finish(folder)
     assert (watch.status().complete, watch.status().done, watch.status().workers) == (True, 23, 0)
+
+
+def test_a_worker_does_not_mind_that_another_has_finished_and_cleared_away(tmp_path: Path, source: Path) -> None:
+    folder = JobFolder(tmp_path / "out")
+    prepare(folder, corpus(source), description())
+    reporter = Reporter(folder, 0)
+    reporter.begin(2)
+    run_local(folder, Stub())
+    assert not folder.workers.exists()
+    reporter.end()
+    reporter.close()
+    assert not folder.workers.exists()
 
 
 def test_a_lance_dataset_holds_the_rows_of_all_shards(tmp_path: Path, source: Path) -> None:

@@ -8,6 +8,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -102,8 +103,9 @@ class Reporter:
             return
         self._said, self.state.updated = time.monotonic(), time.time()
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(self.state)), encoding="utf-8")
-        temporary.replace(self._path)
+        with suppress(FileNotFoundError):  # somebody else has finished the job and cleared away
+            temporary.write_text(json.dumps(asdict(self.state)), encoding="utf-8")
+            temporary.replace(self._path)
 
 
 def heartbeats(folder: JobFolder) -> Iterator[Heartbeat]:
