@@ -80,7 +80,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         return f"]({config.extra['repository']}/{place}{found[2] or ''})"
 
     shown = re.sub(r"^(```\w+) no-run$", r"\1", markdown, flags=re.MULTILINE)
-    return re.sub(r"\]\((\.\./[^)#]*)(#[^)]*)?\)", lambda found: link(found), shown)
+    return re.sub(r"\]\((\.\./[^)#]*)(#[^)]*)?\)", link, shown)
 
 
 def _filled(nav: Any, sections: dict[str, Any]) -> Any:
