@@ -63,7 +63,7 @@ WRONG_LINE = "preset"
 """What mypy has to find in the last line, which is wrong; and nothing else."""
 
 
-class Failed(Exception):
+class CheckError(Exception):
     """A part that does not hold; the message says what was seen."""
 
 
@@ -76,9 +76,11 @@ class Clean:
 
     @property
     def python(self) -> str:
+        """Its interpreter."""
         return str(self.folder / "clean" / "bin" / "python")
 
     def requirement(self, *extras: str) -> str:
+        """Return the wheel with these extras, as pip takes it."""
         return f"genembed[{','.join(extras)}] @ {self.wheel.as_uri()}"
 
 
@@ -87,7 +89,7 @@ def ran(*command: str, cwd: Path, allowed: Sequence[int] = (0,)) -> str:
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(command, cwd=cwd, env=kept, capture_output=True, text=True, check=False)
     if done.returncode not in allowed:
-        raise Failed(f"{' '.join(command)[:100]}: {(done.stderr or done.stdout).strip()[-800:]}")
+        raise CheckError(f"{' '.join(command)[:100]}: {(done.stderr or done.stdout).strip()[-800:]}")
     return done.stdout
 
 
@@ -106,7 +108,7 @@ def check_wheel(clean: Clean) -> str:
     inside = {name for name in zipfile.ZipFile(clean.wheel).namelist() if ".dist-info/" not in name}
     tracked = set(ran("git", "ls-files", "genembed", cwd=ROOT).split())
     if inside != tracked or "genembed/py.typed" not in inside:
-        raise Failed(f"only in the wheel: {sorted(inside - tracked)[:5]}; only in git: {sorted(tracked - inside)[:5]}")
+        raise CheckError(f"only in the wheel: {sorted(inside - tracked)[:5]}; only in git: {sorted(tracked - inside)[:5]}")
     return f"{len(inside)} files, {clean.wheel.stat().st_size / 1e6:.1f} MB"
 
 
@@ -125,7 +127,7 @@ def check_six_lines(clean: Clean) -> str:
     code, shown = re.findall(r"```(?:python|text)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)[:2]
     printed = ran(clean.python, "-I", "-c", code, cwd=clean.folder)
     if printed.split() != shown.split():
-        raise Failed(f"printed {printed!r}, shown {shown!r}")
+        raise CheckError(f"printed {printed!r}, shown {shown!r}")
     return printed.strip()
 
 
@@ -134,7 +136,7 @@ def check_demo(clean: Clean) -> str:
     command = str(clean.folder / "clean" / "bin" / "genembed")
     printed = ran(command, "demo", "--rows", "50", "--index", str(clean.folder / "index"), cwd=clean.folder)
     if "50 docstrings of Python" not in printed:
-        raise Failed(printed)
+        raise CheckError(printed)
     return "50 docstrings searched"
 
 
@@ -143,10 +145,10 @@ def check_types(clean: Clean) -> str:
     ran(clean.python, "-m", "pip", "install", "--quiet", "mypy", cwd=clean.folder)
     user = clean.folder / "user.py"
     user.write_text(USER_FILE)
-    found = [line for line in ran(clean.python, "-m", "mypy", "--strict", str(user), cwd=clean.folder, allowed=(1,)).splitlines()]
-    errors = [line for line in found if ": error: " in line]
+    found = ran(clean.python, "-m", "mypy", "--strict", str(user), cwd=clean.folder, allowed=(1,))
+    errors = [line for line in found.splitlines() if ": error: " in line]
     if len(errors) != 1 or WRONG_LINE not in errors[0]:
-        raise Failed("\n".join(found))
+        raise CheckError(found)
     return "one wrong line, one error"
 
 
@@ -217,7 +219,7 @@ def report(name: str, check: Callable[[], str]) -> bool:
     """Run a part, print its line of the table; return whether it held."""
     try:
         said, held = check(), True
-    except Failed as error:
+    except CheckError as error:
         said, held = str(error), False
     print(f"{name:<32}{'holds' if held else 'FAILS':<8}{said}", flush=True)
     return held

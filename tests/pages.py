@@ -122,7 +122,7 @@ class Runner:
         finally:
             for server in self.servers:
                 server.terminate()
-                server.wait(timeout=60)
+                server.communicate(timeout=60)
 
     def _printed(self, block: Block) -> str:
         code = block.text.replace(PORT, self.port)

