@@ -23,17 +23,21 @@ ROOT = Path(__file__).resolve().parents[1]
 CARD = ROOT / "genembed" / "builtin" / "mini" / "README.md"
 NOTEBOOK = ROOT / "docs" / "tour.ipynb"
 
+_ERROR = re.compile("Error$|Warning$")
+
 API = {
-    "Public names": [f"genembed.{name}" for name in genembed.__all__],
+    "Public names": [
+        f"genembed.{name}" for name in sorted(genembed.__all__, key=lambda name: (_ERROR.search(name) is not None, name.lower()))
+    ],
     "Halting rules": ["genembed.halting", "genembed.index.rank_stop"],
     "The reference loop": ["genembed.refine", "genembed.soft_token", "genembed.pooling"],
     "Model settings": ["genembed.settings", "genembed.precision"],
     "Training": ["genembed.train.recipe", "genembed.train.losses", "genembed.train.run"],
     "Calibration": ["genembed.calibrate.choose", "genembed.calibrate.betting", "genembed.calibrate.certificate"],
     "Evaluation": ["genembed.evaluate.encoder", "genembed.evaluate.run", "genembed.evaluate.two_stage"],
-    "Index": ["genembed.index"],
+    "The index": ["genembed.index"],
     "Corpus jobs": ["genembed.jobs.run", "genembed.jobs.model", "genembed.jobs.status"],
-    "Server": ["genembed.serve.run", "genembed.serve.limits"],
+    "The server": ["genembed.serve.run", "genembed.serve.limits"],
     "Export": ["genembed.export.merged", "genembed.export.onnx_embedder"],
     "Integrations": [
         "genembed.integrations.sentence_transformers",
@@ -49,7 +53,7 @@ API = {
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Put the generated pages where the navigation names them."""
     sections = {
-        "cli": [{"All verbs": "cli/index.md"}, *({verb: f"cli/{verb}.md"} for verb in _verbs())],
+        "cli": [{"All verbs": "cli/index.md"}, *({verb: f"cli/genembed-{verb}.md"} for verb in _verbs())],
         "api": [{title: f"api/{_slug(title)}.md"} for title in API],
     }
     config.nav = _filled(config.nav, sections)
@@ -102,12 +106,12 @@ def _verbs() -> dict[str, Any]:
 
 def _cli_pages() -> dict[str, str]:
     """Return a page for each verb, and one that lists them, made of what `--help` is made of."""
-    rows = [f"| [`genembed {name}`]({name}.md) | {_first(command)} |" for name, command in _verbs().items()]
+    rows = [f"| [`genembed {name}`](genembed-{name}.md) | {_first(command)} |" for name, command in _verbs().items()]
     about = "Results go to stdout, progress and errors to stderr. A mistake ends in one line and exit code 2.\n\nThese pages are made from"
     intro = f"# Command line\n\n{about} the commands themselves; `genembed VERB --help` says the same.\n\n| | |\n|---|---|\n"
     pages = {"cli/index.md": intro + "\n".join(rows) + "\n"}
     for name, command in _verbs().items():
-        pages[f"cli/{name}.md"] = "\n".join(_command_page(command, f"genembed {name}", 1))
+        pages[f"cli/genembed-{name}.md"] = "\n".join(_command_page(command, f"genembed {name}", 1))
     return pages
 
 
@@ -115,9 +119,9 @@ def _command_page(command: Any, path: str, level: int) -> Iterator[str]:
     """Yield the lines of a command: its help, usage, arguments and options, and then its own commands."""
     context = command.context_class(command, info_name=path)
     yield f"{'#' * level} {path}\n"
-    yield f"{command.help or ''}\n".replace("\n\n", "\n\n")
+    yield f"{command.help or ''}\n"
     yield f"```text\n{' '.join(command.get_usage(context).removeprefix('Usage: ').split())}\n```\n"
-    records = [(parameter, parameter.get_help_record(context)) for parameter in command.get_params(context)]
+    records = [(parameter, parameter.get_help_record(context)) for parameter in command.get_params(context) if parameter.name != "help"]
     for title, kind in (("Arguments", "argument"), ("Options", "option")):
         rows = [record for parameter, record in records if parameter.param_type_name == kind and record]
         if rows:

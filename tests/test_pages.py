@@ -210,6 +210,6 @@ def test_the_site_builds_without_a_warning_and_asks_nothing_of_the_network(tmp_p
     done = subprocess.run(command, cwd=pages.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for verb in cli.typer.main.get_command(cli.app).commands:  # type: ignore[attr-defined]
-        assert f"genembed {verb}" in (site / "cli" / f"{verb}.html").read_text(encoding="utf-8")
+        assert f"genembed {verb}" in (site / "cli" / f"genembed-{verb}.html").read_text(encoding="utf-8")
     loaded = re.compile(r"<(?:script|img|iframe)[^>]+src=\"?https?:|<link[^>]+rel=\"?(?:stylesheet|preconnect|icon)[^>]+href=\"?https?:")
     assert [path.name for path in site.rglob("*.html") if loaded.search(path.read_text(encoding="utf-8"))] == []
