@@ -1,9 +1,9 @@
-# make demo | make test | make check | make bench | make reproduce | make setup
+# make demo | make test | make check | make docs | make bench | make reproduce | make distribution | make setup
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check bench reproduce format clean
+.PHONY: setup demo test check docs bench reproduce distribution format clean
 
 setup: $(VENV)/.installed
 
@@ -23,6 +23,13 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Needs the package index, and some minutes: what a user gets who installs the package.
+distribution: setup
+	$(BIN)/python distribution/check.py
 
 format: setup
 	$(BIN)/ruff format .
@@ -48,4 +55,4 @@ reproduce: setup
 	$(BIN)/python benchmarks/report.py
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

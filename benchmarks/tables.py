@@ -25,7 +25,7 @@ from speed_tables import TABLES as SPEED
 README = Path(__file__).parents[1] / "README.md"
 CALIBRATION = README.parent / "docs" / "calibration.md"
 PERFORMANCE = CALIBRATION.parent / "performance.md"
-SERVING, INDEX = CALIBRATION.parent / "serving.md", CALIBRATION.parent / "index.md"
+SERVING, INDEX = CALIBRATION.parent / "serving.md", CALIBRATION.parent / "indexing.md"
 EXPORT, JOBS = CALIBRATION.parent / "export.md", CALIBRATION.parent / "jobs.md"
 CARD = README.parent / "genembed" / "builtin" / "mini" / "README.md"
 

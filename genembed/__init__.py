@@ -45,7 +45,7 @@ __all__ = [
     "load",
 ]
 
-_HOMES = ("errors", "halting", "pooling", "settings", "engine", "embedder")
+_HOMES = ("errors", "budget", "halting", "pooling", "settings", "embedder")
 """Modules of the public names, the light ones first."""
 
 if not TYPE_CHECKING:  # a type checker would take it as leave to use any name

