@@ -48,7 +48,7 @@ class Tally:
 
     def measure(self, name: str, value: float, *, at_most: float | None = None, at_least: float | None = None) -> None:
         """Keep a figure, and note whether it misses its goal."""
-        self.figures[name] = round(value, 6)
+        self.figures[name] = float(f"{value:.4g}")
         if at_most is not None and not value <= at_most:
             self.missed.append(f"{name} {value:.4g}, goal at most {at_most:g}")
         if at_least is not None and not value >= at_least:
