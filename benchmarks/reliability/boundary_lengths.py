@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from campaign import Row, Tally, main
+from campaign import Row, Tally, main, tiny_folder
 
 import doubles
 import genembed
@@ -60,7 +60,7 @@ def text_of(length: int) -> str:
 
 def model(place: Path) -> Embedder:
     """Return a tiny model with narrow limits, in float64."""
-    folder = doubles.saved("qwen2", place)
+    folder = tiny_folder(place)
     settings = doubles.settings_of("qwen2", max_length=LONGEST, halt=_RULE)
     budget = Budget(batch_tokens=BATCH, prefill_tokens=PASS, max_rows=8, pack_weights=False)
     return genembed.load(folder, preset=settings, dtype="float64", budget=budget)

@@ -16,10 +16,19 @@ for _folder in (_ROOT / "benchmarks", _ROOT / "tests"):  # what benchmarks share
     if str(_folder) not in sys.path:
         sys.path.append(str(_folder))
 
-from results_file import RESULTS, machine, write  # noqa: E402 - it lies in the folder above
+from results_file import RESULTS, machine, write  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
+
+import doubles  # noqa: E402
 
 _SHOWN = 20
-"""Things that were wrong which a result file names."""
+"""Things that were wrong that a result file names."""
+
+
+def tiny_folder(place: Path) -> Path:
+    """Save a tiny random language model, and return its folder."""
+    disable_progress_bar()
+    return doubles.saved("qwen2", place)
 
 
 @dataclass
@@ -34,6 +43,8 @@ class Tally:
     """The first things that were wrong."""
     figures: dict[str, float | int | str] = field(default_factory=dict)
     """What was measured beside."""
+    series: dict[str, list[float]] = field(default_factory=dict)
+    """Readings over time, for a graph."""
     missed: list[str] = field(default_factory=list)
     """Goals of measured figures that were missed."""
 
@@ -114,4 +125,5 @@ def result(row: Row, tally: Tally, size: int, seed: int, seconds: float) -> dict
         "examples": tally.examples,
         "figures": tally.figures,
         "missed": tally.missed,
+        **({"series": tally.series} if tally.series else {}),
     }

@@ -23,9 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from campaign import Row, Tally, main
+from campaign import Row, Tally, main, tiny_folder
 
-import doubles
 import genembed
 from genembed import Budget, Embedder
 from genembed.serve.failures import Failure
@@ -142,7 +141,7 @@ def run(size: int, seed: int) -> Tally:
     """Try so many cases."""
     tally, rng = Tally(), random.Random(seed)
     with tempfile.TemporaryDirectory() as place:
-        embedder: Embedder = genembed.load(doubles.saved("qwen2", Path(place)), dtype="float64", budget=Budget(pack_weights=False))
+        embedder: Embedder = genembed.load(tiny_folder(Path(place)), dtype="float64", budget=Budget(pack_weights=False))
         texts = [*_SOUND, *(_POISON + text for text in _SOUND)]
         reference = {
             (text, steps): vector for steps in range(1, 6) for text, vector in zip(texts, embedder.encode(texts, steps=steps), strict=True)

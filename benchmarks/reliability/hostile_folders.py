@@ -20,10 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from campaign import Row, Tally, main
+from campaign import Row, Tally, main, tiny_folder
 from hostile_kinds import CONFIG, SETTINGS, TOKENIZER, WEIGHTS, kinds
 
-import doubles
 import genembed
 from genembed import GenembedError
 
@@ -41,7 +40,7 @@ def run(size: int, seed: int) -> Tally:
     known = kinds()
     known = rng.sample(known, min(size, len(known)))
     with tempfile.TemporaryDirectory() as place:
-        sound = doubles.saved("qwen2", Path(place) / "sound")
+        sound = tiny_folder(Path(place) / "sound")
         genembed.load(sound).encode("a")  # whatever is imported late is imported before the processes part
         for number in range(size):
             root = Path(place) / str(number)
