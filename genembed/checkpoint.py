@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -27,6 +28,11 @@ from genembed.verify import verify
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+_FEW_LAYERS = 1_000
+"""So many are built in no time, whatever a configuration says."""
+_OF_A_LAYER = re.compile(r"\.\d+\..*(weight|bias)$")
+"""Names of weights that a model does not do without. Others may lie unused in a checkpoint: a pooler, a head, angles."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +72,14 @@ def _load_model(source: Source, dtype: torch.dtype | str) -> tuple[PreTrainedMod
     folder = source.base
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except Exception as error:  # checks of many kinds, with errors that have no class in common
         raise CheckpointError(f"{folder}: its config.json is not one this Transformers version knows: {error}") from error
     if config.model_type != "bert" and getattr(config, "is_decoder", None) is False:
         raise ConfigurationError(f"{folder}: {config.model_type} encoders are not supported (BERT is); use a causal language model.")
     if config.model_type == "bert":
         _check_encoder(source)
         config.is_decoder = True
+    _check_layers(config, folder)
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -84,10 +91,27 @@ def _load_model(source: Source, dtype: torch.dtype | str) -> tuple[PreTrainedMod
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: the weights do not load: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a configuration that lies fails anywhere in the building of a model: KeyError, ZeroDivisionError, ...
+        raise CheckpointError(f"{folder}: the weights do not load: {type(error).__name__}: {error}") from error
     model: PreTrainedModel = loaded[0]
     return model, _check_report(loaded[1], model, source)
+
+
+def _check_layers(config: Any, folder: Path) -> None:
+    """Refuse a configuration of more layers than there are weights, before a million of them are built."""
+    layers, weights = getattr(config, "num_hidden_layers", 0), 0
+    for path in folder.glob("*.safetensors"):
+        with (
+            suppress(OSError, SafetensorError),
+            safe_open(path, "pt") as file,
+        ):  # whoever reads it for its weights says what is wrong with it
+            weights += len(file.keys())
+    if layers > max(weights, _FEW_LAYERS):
+        raise CheckpointError(
+            f"{folder}: config.json says {layers} layers, but there are only {weights} weights; they do not belong together."
+        )
 
 
 def _check_encoder(source: Source) -> None:
@@ -108,6 +132,11 @@ def _check_report(report: dict[str, Any], model: PreTrainedModel, source: Source
         raise CheckpointError(
             f"{source.base}: weights are missing and would be random: {', '.join(sorted(missing)[:5])}"
             f"{' ...' if len(missing) > 5 else ''}. An encoder needs a trained {HEAD_FILE} to generate."
+        )
+    left_out = sorted(name for name in report["unexpected_keys"] if _OF_A_LAYER.search(name))
+    if left_out:
+        raise CheckpointError(
+            f"{source.base}: config.json leaves out {len(left_out)} weights of layers, first {left_out[0]}; they do not belong together."
         )
     if report["mismatched_keys"]:
         raise CheckpointError(

@@ -79,7 +79,7 @@ class PackedRows(GrowingRows):
         self._keys: dict[int, Float[Tensor, "slots kv_heads tokens head_dim"]] = {}
         self._values: dict[int, Float[Tensor, "slots kv_heads tokens head_dim"]] = {}
         self._groups: list[_Group] | None = None
-        self._used = 0
+        self._used = self._written = 0
         self._ahead = 0
         self._fixed = False
         self._mask: Tensor | None = None
@@ -162,6 +162,7 @@ class PackedRows(GrowingRows):
             source = keep[moved]
             for pool in (*self._keys.values(), *self._values.values()):
                 pool[moved, :, : self._used] = pool[source, :, : self._used]
+        self._written = max(self._written, self._used)
         self._used = int(self.lengths.max()) if len(keep) else 0
 
     def attend(
@@ -232,6 +233,8 @@ class PackedRows(GrowingRows):
         slots = slice(group.row, group.row + group.count)
         self._keys[layer][slots, :, : group.length] = key
         self._values[layer][slots, :, : group.length] = value
+        # Zeros again behind the prompt: a text whose states were not finite would spoil the one that takes its place.
+        self._values[layer][slots, :, group.length : max(self._written, self._used)] = 0
 
     def _attend_ahead(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None

@@ -88,7 +88,7 @@ class ModelSettings:
         for name, value in texts.items():
             if not isinstance(value, str):
                 raise ConfigurationError(f"{name}={value!r}: a string is needed.")
-        if not isinstance(self.max_length, int):
+        if not isinstance(self.max_length, int) or isinstance(self.max_length, bool):
             raise ConfigurationError(f"max_length={self.max_length!r}: a whole number of tokens is needed.")
         if not isinstance(self.parallel_passes, int) or isinstance(self.parallel_passes, bool) or self.parallel_passes < 0:
             raise ConfigurationError(f"parallel_passes={self.parallel_passes!r}: a whole number is needed; 0 refines step by step.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from importlib import resources, util
 from pathlib import Path
@@ -95,11 +96,12 @@ def _folder(path_or_id: str | Path, *, offline: bool) -> Path:
     if str(path_or_id) in BUILTIN:
         return Path(str(resources.files("genembed") / "builtin" / str(path_or_id)))
     folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+        _check_links(folder)
         return folder
-    if folder.exists() or folder.is_absolute() or str(path_or_id).count("/") != 1 or str(path_or_id).startswith("."):
+    if os.path.lexists(folder) or folder.is_absolute() or str(path_or_id).count("/") != 1 or str(path_or_id).startswith("."):
         raise CheckpointError(
-            f"{path_or_id!r} is neither a folder, nor a hub id (owner/name), nor a built-in model ({', '.join(BUILTIN)})."
+            f"{str(path_or_id)!r:.200} is neither a folder, nor a hub id (owner/name), nor a built-in model ({', '.join(BUILTIN)})."
         )
     return _download(str(path_or_id), offline=offline)
 
@@ -121,6 +123,21 @@ def _download(repo_id: str, *, offline: bool) -> Path:
         raise CheckpointError(
             f"{repo_id}: cannot be taken from the hub; check the name and your access to it, or pass a local folder. ({error})"
         ) from error
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse a model file that is a link out of its folder: saved or uploaded, the file it points to would go with the model.
+
+    The hub's own cache keeps its files in `blobs` beside the snapshots, and links to them.
+    """
+    whole = folder.resolve()
+    inside = [whole, *([whole.parents[1] / "blobs"] if whole.parent.name == "snapshots" else [])]
+    for path in (path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_symlink()):
+        target = Path(os.path.realpath(path))  # Path.resolve raises for a link to itself
+        if not os.path.isfile(target) or not any(target.is_relative_to(place) for place in inside):  # noqa: PTH113 - no error for a loop
+            raise CheckpointError(
+                f"{path}: is a link to {target}, no file of the model folder; if that belongs to the model, copy it there."
+            )
 
 
 def _settings(folder: Path | None, preset: str | ModelSettings | None, name: str) -> ModelSettings:
@@ -145,7 +162,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}.")
@@ -158,9 +175,10 @@ def _base_of(adapter: Path, *, offline: bool) -> Path:
     package = declared_base(adapter).get("package")
     base = _packaged_base(declared_base(adapter))
     if base is None:
-        if not named:
+        if not named or not isinstance(named, str):
             raise CheckpointError(
-                f"{adapter / ADAPTER_CONFIG}: no base_model_name_or_path; name the base yourself: load(base, adapter=...)."
+                f"{adapter / ADAPTER_CONFIG}: no base_model_name_or_path; name the base yourself: load(base, adapter=...). "
+                f"(It holds {named!r:.80}.)"
             )
         try:
             base = _folder(named, offline=offline)

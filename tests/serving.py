@@ -13,6 +13,7 @@ import uvicorn
 from genembed import Embedder
 from genembed.serve.app import create_app
 from genembed.serve.limits import Limits
+from genembed.serve.run import config_of
 from genembed.serve.service import Service
 
 NAME = "tiny"
@@ -22,7 +23,7 @@ NAME = "tiny"
 def served(embedder: Embedder, *, limits: Limits = Limits(), api_key: str | None = None) -> Iterator[tuple[str, Service]]:  # noqa: B008
     """Serve a model; give the server's address and the service behind it."""
     service = Service(embedder, name=NAME, limits=limits)
-    config = uvicorn.Config(create_app(service, api_key=api_key, grace=10.0), log_level="warning", access_log=False)
+    config = config_of(create_app(service, api_key=api_key, grace=10.0), limits=limits, grace=10.0)
     server, listening = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()

@@ -218,6 +218,34 @@ def point_outside(folder: Path) -> None:
     )
 
 
+def link_out(name: str) -> Callable[[Path], None]:
+    """Let a file of the folder be a link to one beside the folder."""
+
+    def spoil_it(folder: Path) -> None:
+        shutil.move(folder / name, folder.parent / name)
+        (folder / name).symlink_to(folder.parent / name)
+
+    return spoil_it
+
+
+def link_to_a_secret(folder: Path) -> None:
+    """Lay out what `save_pretrained` and `push_to_hub` would copy with the model."""
+    (folder.parent / "credentials.json").write_text('{"key": "secret"}')
+    (folder / "notes.json").symlink_to(folder.parent / "credentials.json")
+
+
+def link_to_itself(folder: Path) -> None:
+    (folder / "notes.json").symlink_to(folder / "notes.json")
+
+
+def configure(**changes: object) -> Callable[[Path], None]:
+    def spoil_it(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return spoil_it
+
+
 DEEP = "[" * 100_000 + "]" * 100_000
 
 SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -241,6 +269,22 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a config that is a list": (lambda folder: spoil(folder, "config.json", "[]"), r"config\.json"),
     "deep config": (lambda folder: spoil(folder, "config.json", DEEP), r"config\.json"),
     "an unknown architecture": (lambda folder: spoil(folder, "config.json", '{"model_type": "quantum"}'), r"config\.json is not one this"),
+    "weights that are a link out": (link_out("model.safetensors"), "is a link to .*, no file of the model folder"),
+    "settings that are a link out": (link_out("genembed.json"), "is a link to .*, no file of the model folder"),
+    "a further file that is a link out": (link_to_a_secret, "notes.json: is a link to .*credentials.json, no file"),
+    "a link to itself": (link_to_itself, "notes.json: is a link to"),
+    "a number of five thousand digits": (
+        lambda folder: spoil(folder, "genembed.json", '{"format_version": 1, "max_length": 1' + "0" * 5_000 + "}"),
+        r"genembed\.json: cannot be read as JSON",
+    ),
+    "no heads": (configure(num_attention_heads=0), "integer division"),
+    "a width that is text": (configure(hidden_size="32"), "expected int, got str"),
+    "angles of an unknown kind": (configure(rope_parameters={"rope_type": "surprise", "rope_theta": 1e4}), "KeyError: 'surprise'"),
+    "a million layers": (configure(num_hidden_layers=1_000_000, layer_types=None), "says 1000000 layers, but there are only 26 weights"),
+    "fewer layers than weights": (
+        configure(num_hidden_layers=1, layer_types=None),
+        "leaves out 12 weights of layers, first model.layers.1",
+    ),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
     "corrupt tokenizer": (lambda folder: spoil(folder, "tokenizer.json", "{"), "tokenizer"),
     "corrupt tokenizer config": (lambda folder: spoil(folder, "tokenizer_config.json", "{"), "tokenizer"),
@@ -255,6 +299,19 @@ def test_a_folder_with_this_fault_is_refused_by_name(folder: Path, name: str) ->
     with pytest.raises(CheckpointError, match=message) as caught:
         load(folder)
     assert str(folder) in str(caught.value)
+
+
+def test_the_links_of_the_hubs_cache_are_followed_and_no_others(folder: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--o--n" / "snapshots" / "abc", tmp_path / "models--o--n" / "blobs"
+    shutil.move(folder, snapshot)
+    blobs.mkdir()
+    for path in [*snapshot.iterdir()]:
+        path.rename(blobs / path.name)
+        path.symlink_to(blobs / path.name)
+    assert load(snapshot).encode("x").shape == (doubles.HIDDEN,)
+    link_to_a_secret(snapshot)
+    with pytest.raises(CheckpointError, match=r"credentials\.json, no file"):
+        load(snapshot)
 
 
 def test_a_folder_without_settings_and_preset_is_refused_with_the_presets(folder: Path) -> None:
@@ -376,6 +433,8 @@ SPOILED_ADAPTERS: dict[str, tuple[Callable[[Path], object], str]] = {
         "does not fit the base|does not load",
     ),
     "corrupt config": (lambda adapter: spoil(adapter, "adapter_config.json", "{"), r"adapter_config\.json: cannot be read as JSON"),
+    "a base that is no name": (change_config(base_model_name_or_path={"a": 1}), r"no base_model_name_or_path.*It holds {'a': 1}"),
+    "a base whose name is too long": (change_config(base_model_name_or_path="x" * 100_000), "cannot be found"),
     "no base": (change_config(base_model_name_or_path=None), r"no base_model_name_or_path; name the base.*: load\(base, adapter="),
     "no kind": (change_config(peft_type="TELEPATHY"), "adapter"),
     "another kind": (change_config(peft_type="PROMPT_TUNING", num_virtual_tokens=4), "adapter"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -325,6 +327,37 @@ def test_a_client_that_never_finishes_its_request_is_told_so(url: str) -> None:
 
     response = httpx.post(f"{url}/v1/embeddings", content=slow(), headers={"content-type": "application/json"}, timeout=10)
     assert response.status_code == 408
+
+
+def raw(url: str, *parts: bytes, wait: float = 0.0) -> bytes:
+    """Send bytes, with a pause between the parts, and return whatever comes until the server closes."""
+    host, port = url.removeprefix("http://").split(":")
+    received = b""
+    with socket.create_connection((host, int(port)), timeout=10) as client, contextlib.suppress(ConnectionError):
+        for part in parts:
+            client.sendall(part)
+            time.sleep(wait)
+        while chunk := client.recv(65_536):
+            received += chunk
+    return received
+
+
+def test_a_connection_on_which_no_head_arrives_is_closed(url: str) -> None:
+    """Silent or trickling clients held a connection for ever, and as many of them as files may be open the whole server."""
+    assert raw(url).startswith(b"HTTP/1.1 408 ")
+    assert raw(url, b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n").startswith(b"HTTP/1.1 408 ")
+    assert b"HTTP/1.1 408 " in raw(url, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /health", wait=0.1)
+    last = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    answered = raw(url, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", last, wait=0.7)
+    assert answered.count(b"HTTP/1.1 200 ") == 2, "a connection that was of use is kept open"
+
+
+def test_a_head_without_an_end_is_cut_off(url: str) -> None:
+    """Whatever came before the end of the head was kept in memory."""
+    received = raw(url, b"GET /health HTTP/1.1\r\nX: ", *[b"x" * 65_536] * 4)
+    assert received == b"" or received.startswith(b"HTTP/1.1 431 ")  # a reset may overtake the answer
+    long = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX: " + b"x" * 60_000 + b"\r\n\r\n"
+    assert raw(url, long).startswith(b"HTTP/1.1 200 ")
 
 
 def test_the_key_is_asked_for_on_every_route(embedder: Embedder) -> None:

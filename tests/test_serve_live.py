@@ -294,6 +294,19 @@ def test_a_vector_that_is_not_finite_is_the_error_of_its_text_alone(live: LiveEn
     assert np.isfinite(good.answer.result(PATIENCE_SECONDS).vector).all()
 
 
+def test_what_a_text_that_is_not_finite_leaves_behind_spoils_no_later_text(live: LiveEngine, embedder: Embedder, patch: Patch) -> None:
+    """A short text took the place of such a one, beside a longer text: its masked weights of 0 met NaN."""
+    poison = int(embedder.tokenizer(["zebra"]).ids[0][0])
+    embed = embedder.backbone.embed
+    expected = embedder.refine([TEXTS[4], TEXTS[3]], steps=5).vectors
+    patch.setattr(embedder.backbone, "embed", lambda ids: embed(ids).masked_fill((ids == poison)[..., None], torch.nan))
+    for bad in asked(live, embedder, [f"zebra {TEXTS[2]}"] * 4, FixedSteps(6)):
+        with pytest.raises(NonFiniteError):
+            bad.answer.result(PATIENCE_SECONDS)
+    good = asked(live, embedder, [TEXTS[4], TEXTS[3]], FixedSteps(5))
+    np.testing.assert_allclose([ticket.answer.result(PATIENCE_SECONDS).vector for ticket in good], expected, atol=2e-7)
+
+
 def test_closing_finishes_what_was_accepted_and_takes_nothing_new(live: LiveEngine, embedder: Embedder) -> None:
     tickets = asked(live, embedder, TEXTS, FixedSteps(6))
     assert live.close(grace=PATIENCE_SECONDS)

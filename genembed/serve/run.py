@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import uvicorn
+from fastapi import FastAPI
 
 from genembed.embedder import Embedder
 from genembed.errors import ConfigurationError
 from genembed.serve.app import create_app
+from genembed.serve.connection import connection
 from genembed.serve.limits import Limits
 from genembed.serve.service import Service
 
@@ -56,17 +58,24 @@ def run(
     """
     listening = _socket(host, port)
     service = Service(embedder, name=name, limits=limits)
-    config = uvicorn.Config(
-        create_app(service, api_key=api_key, grace=grace, also=also, index=index),
+    config = config_of(create_app(service, api_key=api_key, grace=grace, also=also, index=index), limits=limits, grace=grace)
+    address, taken = listening.getsockname()[:2]
+    announce(f"http://{f'[{address}]' if ':' in address else address}:{taken}")
+    _Server(config, service, grace).run(sockets=[listening])
+
+
+def config_of(app: FastAPI, *, limits: Limits, grace: float) -> uvicorn.Config:
+    """Return how an application is served."""
+    return uvicorn.Config(
+        app,
+        http=connection(limits.body_seconds),
+        ws="none",
         log_level="warning",
         access_log=False,  # addresses of clients are nobody's business by default
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=math.ceil(grace) + LAST_SECONDS,
     )
-    address, taken = listening.getsockname()[:2]
-    announce(f"http://{f'[{address}]' if ':' in address else address}:{taken}")
-    _Server(config, service, grace).run(sockets=[listening])
 
 
 class _Server(uvicorn.Server):
