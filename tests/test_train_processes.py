@@ -31,7 +31,7 @@ from genembed.train.pairs import DataFile, Pair
 from genembed.train.recipe import Evaluation, Lora, Recipe
 from genembed.train.run import recipe_json
 from genembed.train.sharding import shard
-from processes import in_processes, queries_seen
+from gloo import in_processes, queries_seen
 
 WORDS = tuple("refine vector claim glucose business trip language model text step stable query document patient".split())  # noqa: SIM905
 
