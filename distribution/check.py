@@ -89,7 +89,7 @@ def ran(*command: str, cwd: Path, allowed: Sequence[int] = (0,)) -> str:
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(command, cwd=cwd, env=kept, capture_output=True, text=True, check=False)
     if done.returncode not in allowed:
-        raise CheckError(f"{' '.join(command)[:100]}: {(done.stderr or done.stdout).strip()[-800:]}")
+        raise CheckError(f"{' '.join(command)[:100]}: {(done.stdout + done.stderr).strip()[-1200:]}")
     return done.stdout
 
 
@@ -178,7 +178,7 @@ def lowest() -> list[str]:
 
 def check_matrix(clean: Clean, python: str, versions: str) -> str:
     """The short tests pass with this Python and these versions."""
-    home = clean.folder / f"{versions}-{python}"
+    home = clean.folder / versions
     ran(python, "-m", "venv", str(home), cwd=clean.folder)
     pins = clean.folder / "lowest.txt"
     pins.write_text("\n".join(lowest()) + "\n")
