@@ -270,6 +270,7 @@ def corpus(folder: Path, *, data: Path, count: int, model: str, shard_rows: int)
     command += ["-m", model, "--columns", "id,text", "--shard-rows", str(shard_rows), "--max-rejects", "0"]
     begin = time.perf_counter()
     memory: list[tuple[int, float]] = []
+    load: list[float] = []  # what else the machine did: the job itself keeps two threads busy
     receipts = folder / "out" / "receipts"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as job:
         while job.poll() is None:
@@ -278,6 +279,7 @@ def corpus(folder: Path, *, data: Path, count: int, model: str, shard_rows: int)
             status = Path(f"/proc/{job.pid}/status")
             lines = status.read_text().splitlines() if job.poll() is None and status.exists() else []
             memory += [(done, int(line.split()[1]) / 1024) for line in lines if line.startswith("VmRSS")]
+            load.append(os.getloadavg()[0])
         summary = json.loads(job.communicate()[0])
     seconds = time.perf_counter() - begin
     peaks = [max(mib for done, mib in memory if done == shard) for shard in sorted({done for done, _ in memory})]
@@ -287,6 +289,7 @@ def corpus(folder: Path, *, data: Path, count: int, model: str, shard_rows: int)
         "seconds": round(seconds, 1),
         "rows_per_second": round(summary["rows"] / seconds, 1),
         "tokens_per_second": round(summary["tokens"] / seconds),
+        "mean_load": round(sum(load) / max(len(load), 1), 1),
         "peak_memory_mib_by_shard": [round(peak) for peak in peaks],
     }
 

@@ -175,7 +175,8 @@ def jobs() -> str:
             f"`{corpus['model']}` over {corpus['rows']:,} texts, {corpus['tokens'] / corpus['rows']:.0f} tokens each, one process "
             f"({source(corpus_path)})",
             f"{corpus['shards']} shards",
-            f"{corpus['rows_per_second']:.0f} rows/s, {corpus['mean_steps']:.2f} steps; peak memory {peaks[1]:,} MiB in the second shard, "
+            f"{corpus['rows_per_second']:.0f} rows/s, {corpus['mean_steps']:.2f} steps, at a mean load of {corpus['mean_load']}; "
+            f"peak memory {peaks[1]:,} MiB in the second shard, "
             f"{peaks[-1]:,} in the last",
         ],
     ]

@@ -130,7 +130,7 @@ def test_embed_writes_the_form_that_is_asked_for(run: Run, calibrated: Path, tmp
     model = genembed.load(calibrated)
     forms = {"int8": np.int8, "uint8": np.uint8, "binary": np.int8, "ubinary": np.uint8, "float16": np.float16}
     for precision, dtype in forms.items():
-        for suffix in ("npy", "parquet", "jsonl") if precision in ("int8", "float16") else ("npy",):
+        for suffix in ("npy", "parquet", "jsonl") if precision == "float16" else ("npy",):
             outcome = run("embed", tmp_path / "texts.txt", "-o", tmp_path / f"v.{suffix}", "-m", calibrated, "--precision", precision)
             assert outcome.code == 0, outcome.err
             assert f"{len(TEXTS)} vectors of 32 dimensions in {precision}, " in outcome.out

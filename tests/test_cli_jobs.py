@@ -113,6 +113,13 @@ def test_a_file_with_a_mistake_is_refused_with_the_mistake(place: Path, run: Run
     assert not (place / "x").exists()
 
 
+def test_the_group_alone_shows_its_verbs(run: Run) -> None:
+    shown = run("job")
+    assert (shown.code, shown.err) == (0, "")
+    assert shown.out == run("job", "--help").out
+    assert all(f"\n  {verb} " in shown.out for verb in ("embed", "run", "status", "verify", "plan"))
+
+
 def test_status_of_no_job_says_how_to_start_one(place: Path, run: Run) -> None:
     refused(run("job", "status", "out"), "out: there is no job (no job.json); start one with: genembed job embed INPUT -o out")
 

@@ -73,7 +73,10 @@ def exported(folder_of: Callable[[str], Path], tmp_path_factory: pytest.TempPath
     return folder_of("bert"), folder
 
 
-@pytest.mark.parametrize(("family", "padding_side"), [("qwen2", "left"), ("mistral", "right"), ("llama", "left")])
+@pytest.mark.parametrize(
+    ("family", "padding_side"),
+    [("qwen2", "left"), *(pytest.param(*own, marks=pytest.mark.slow) for own in (("mistral", "right"), ("llama", "left")))],
+)
 def test_onnxruntime_gives_what_torch_gives_at_every_number_of_steps(family: str, padding_side: Any, tmp_path: Path) -> None:
     model = loaded(calm(family, tmp_path / "model"), padding_side=padding_side)
     export_onnx(model, tmp_path / "onnx")

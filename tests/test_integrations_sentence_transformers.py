@@ -303,7 +303,11 @@ def _train(model: SentenceTransformer, loss: torch.nn.Module, folder: Path) -> S
 
 
 @pytest.mark.parametrize(
-    "loss", [MultipleNegativesRankingLoss, StepwiseLoss, pytest.param(CachedMultipleNegativesRankingLoss, marks=pytest.mark.slow)]
+    "loss",
+    [
+        StepwiseLoss,
+        *(pytest.param(own, marks=pytest.mark.slow) for own in (MultipleNegativesRankingLoss, CachedMultipleNegativesRankingLoss)),
+    ],
 )
 def test_their_trainer_trains_the_adapter_and_what_is_saved_is_what_was_trained(
     loss: Callable[[SentenceTransformer], torch.nn.Module], folders: Callable[[str], tuple[Path, Path]], tmp_path: Path
@@ -323,6 +327,7 @@ def test_their_trainer_trains_the_adapter_and_what_is_saved_is_what_was_trained(
     assert np.abs(first - trained).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_an_adapter_put_in_by_their_add_adapter_is_trained_and_saved_over_the_converted_folder(
     folders: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:

@@ -224,6 +224,24 @@ def test_too_many_rejects_stop_the_job_and_more_may_be_allowed(tmp_path: Path) -
     assert embed(tmp_path / "out", source, max_rejects=6)["rejects"] == 6
 
 
+def test_rejects_of_all_shards_count_together(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", [*["refuse"] * 3, *TEXTS[:10], *["refuse"] * 3])
+    with pytest.raises(JobError, match=r"6 rows cannot be embedded"):
+        embed(tmp_path / "out", source)
+    assert [path.name for path in (tmp_path / "out" / "receipts").iterdir()] == ["000000.json"]
+
+
+def test_a_worker_that_has_waited_for_another_one_does_not_make_its_shard_again(tmp_path: Path, source: Path) -> None:
+    folder, log = JobFolder(tmp_path / "out"), tmp_path / "log"
+    prepare(folder, corpus(source), description())
+    workers = [threading.Thread(target=Worker(folder, Stub(log=log, seconds=0.3), Place()).make, args=(0,)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(log.read_text().splitlines()) == sorted(TEXTS[:10])
+
+
 def test_a_changed_input_is_refused_and_a_touched_one_is_not(tmp_path: Path, source: Path) -> None:
     embed(tmp_path / "out", source)
     os.utime(source, (1, 1))
@@ -403,6 +421,23 @@ def test_the_state_is_read_while_others_work(tmp_path: Path, source: Path) -> No
     assert not watch.status().complete
     finish(folder)
     assert (watch.status().complete, watch.status().done, watch.status().workers) == (True, 23, 0)
+
+
+def test_rows_of_a_shard_that_is_not_safe_yet_are_told_apart(tmp_path: Path, source: Path) -> None:
+    folder = JobFolder(tmp_path / "out")
+    plan = prepare(folder, corpus(source), description())
+    reporter, watch = Reporter(folder, 0), Watch(folder, plan)
+    reporter.begin(1)
+    reporter.advance(Stub()(Place())(TEXTS[:6]), 2)
+    reporter.end()
+    reporter.begin(1)
+    reporter.state.shard_rows, reporter.state.shard_rejects = 8, 2
+    reporter._said = 0.0
+    reporter.advance(Stub()(Place())([]), 0)
+    status = watch.status()
+    assert (status.done, status.in_work, status.rejects) == (0, 8, 2)
+    Worker(folder, Stub(), Place()).make(1)
+    assert (watch.status().done, watch.status().in_work) == (10, 0)
 
 
 def test_a_worker_does_not_mind_that_another_has_finished_and_cleared_away(tmp_path: Path, source: Path) -> None:

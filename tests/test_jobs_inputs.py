@@ -162,6 +162,15 @@ def test_a_line_of_a_table_with_too_few_fields_or_foreign_bytes_is_one_rejected_
     assert "not UTF-8" in rejects[1].reason
 
 
+def test_a_line_of_no_break_spaces_is_a_row_that_is_rejected_and_not_a_changed_file(tmp_path: Path) -> None:
+    """Bytes and characters do not agree on what a blank is."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n\u00a0\n{"text": "two"}\n', encoding="utf-8")
+    plan = make_plan(find_files([str(tmp_path / "rows.jsonl")], None), Columns("text", None), 10)
+    rows, rejects = read_shard(plan, plan.shards[0])
+    assert [row.number for row in rows] == [0, 2]
+    assert [reject.number for reject in rejects] == [1]
+
+
 def test_a_shard_has_a_row_at_least() -> None:
     with pytest.raises(ConfigurationError, match="shard_rows=0: a shard has at least one row"):
         make_plan([], Columns("text", None), 0)

@@ -95,6 +95,7 @@ def assert_same_run(found: Path, expected: Path, weights: str, *, updates: int =
         torch.testing.assert_close(weight, second[name], rtol=0, atol=2e-4)  # Adam divides by small numbers; it moved them by 3e-3
 
 
+@pytest.mark.slow
 def test_weights_in_parts_over_two_processes_learn_as_one_process_does(full: Recipe, tmp_path: Path) -> None:
     """Table and head are used between the layers' passes, and every layer is called several times before its gradient comes."""
     recipe = replace(full, updates=2, accumulation=2, evaluation=replace(full.evaluation, every=2), checkpoint_layers=True)

@@ -67,7 +67,8 @@ def _run(arguments: Sequence[str]) -> int:
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", GenembedWarning)
             warnings.showwarning = _show_warning
-            return typer.main.get_command(app).main(args=arguments or ["--help"], prog_name="genembed", standalone_mode=False) or 0
+            shown = [*arguments, "--help"] if list(arguments) in ([], ["job"]) else arguments
+            return typer.main.get_command(app).main(args=shown, prog_name="genembed", standalone_mode=False) or 0
     except GenembedError as error:
         return _fail(str(error))
     except OSError as error:

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Embed whole corpora into shards of vectors: killed jobs go on, no row is lost or written twice.",
-    no_args_is_help=True,
     rich_markup_mode=None,
 )
+
 
 Folder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the job.")]
 Prometheus = Annotated[Path | None, typer.Option(help="Also write the figures to this file, for Prometheus' node exporter (.prom).")]
@@ -335,7 +335,7 @@ def _forecast_lines(forecast: Any) -> list[str]:
     lines = [
         f"rate          {forecast.documents_per_second:,.0f} documents/s a device ({forecast.assumed})",
         f"device hours  {forecast.device_hours:,.1f}",
-        f"time          {forecast.hours:,.1f} h on {forecast.devices} devices",
+        f"time          {forecast.hours:,.1f} h on {forecast.devices} {'device' if forecast.devices == 1 else 'devices'}",
         f"output        {forecast.bytes / 1e9:,.1f} GB in {forecast.shards:,} shards",
     ]
     return lines if forecast.cost is None else [*lines, f"price         {forecast.cost:,.2f}"]

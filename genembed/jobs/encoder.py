@@ -67,7 +67,7 @@ def encode_rows(
         advance: Called with what was embedded, and how many rows were rejected, some thousand rows at a time.
 
     Returns:
-        What became of the rows, their positions in `rows` (rising), and the rejected ones, in order. None where no row is left.
+        What became of the rows, their positions in `rows` (rising), and the rejected ones. None where no row is left.
     """
     order = sorted(range(len(rows)), key=lambda position: len(rows[position].text), reverse=True)
     done: list[tuple[list[int], Encoded]] = []
@@ -78,7 +78,6 @@ def encode_rows(
         if encoded is not None:
             done.append((chunk, encoded))
             advance(encoded, len(rejects) - before)
-    rejects.sort()
     if not done:
         return None, [], rejects
     positions = np.concatenate([np.asarray(chunk) for chunk, _ in done])

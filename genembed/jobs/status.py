@@ -131,7 +131,9 @@ class Progress:
         if self._bar is not None:
             self._bar.n = status.done + status.in_work
             rejects = f", {status.rejects} rejected" if status.rejects else ""
-            self._bar.set_postfix_str(f"{status.tokens_per_second:,.0f} tokens/s, {status.mean_steps:.2f} steps{rejects}")
+            rate = f"{status.tokens_per_second:,.0f} tokens/s, " if status.tokens_per_second else ""
+            known = f"{rate}{status.mean_steps:.2f} steps{rejects}"
+            self._bar.set_postfix_str(known if status.done + status.in_work else "loading the model")
         if self._prometheus is not None:
             from genembed.jobs.metrics import write_metrics
 
