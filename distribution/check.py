@@ -185,11 +185,13 @@ def check_matrix(clean: Clean, python: str, versions: str) -> str:
     own = str(home / "bin" / "python")
     bound = ["--constraint", str(pins)] if versions == "lowest" else []
     ran(own, "-m", "pip", "install", "--quiet", *bound, clean.requirement("demo", "calibrate", "jobs"), *TEST_TOOLS, cwd=clean.folder)
-    # From a copy of the tests, or the package of the checkout would be imported.
-    tests = clean.folder / "tests"
+    # A copy of the tests, beside the installed package: that of the checkout must not be the one that is imported.
+    tests, package = clean.folder / "tests", clean.folder / "genembed"
     if not tests.exists():
         shutil.copytree(ROOT / "tests", tests)
         shutil.copy(ROOT / "pyproject.toml", clean.folder)
+    package.unlink(missing_ok=True)
+    package.symlink_to(next(home.glob("lib/python*/site-packages/genembed")))
     chosen = [str(tests / name) for name in SHORT_TESTS]
     said = ran(
         own,
