@@ -89,7 +89,7 @@ def ran(*command: str, cwd: Path, allowed: Sequence[int] = (0,)) -> str:
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(command, cwd=cwd, env=kept, capture_output=True, text=True, check=False)
     if done.returncode not in allowed:
-        raise CheckError(f"{' '.join(command)[:100]}: {(done.stderr or done.stdout).strip()[-800:]}")
+        raise CheckError(f"{' '.join(command)[:100]}: {(done.stdout + done.stderr).strip()[-1200:]}")
     return done.stdout
 
 
@@ -178,18 +178,20 @@ def lowest() -> list[str]:
 
 def check_matrix(clean: Clean, python: str, versions: str) -> str:
     """The short tests pass with this Python and these versions."""
-    home = clean.folder / f"{versions}-{python}"
+    home = clean.folder / versions
     ran(python, "-m", "venv", str(home), cwd=clean.folder)
     pins = clean.folder / "lowest.txt"
     pins.write_text("\n".join(lowest()) + "\n")
     own = str(home / "bin" / "python")
     bound = ["--constraint", str(pins)] if versions == "lowest" else []
     ran(own, "-m", "pip", "install", "--quiet", *bound, clean.requirement("demo", "calibrate", "jobs"), *TEST_TOOLS, cwd=clean.folder)
-    # From a copy of the tests, or the package of the checkout would be imported.
-    tests = clean.folder / "tests"
+    # A copy of the tests, beside the installed package: that of the checkout must not be the one that is imported.
+    tests, package = clean.folder / "tests", clean.folder / "genembed"
     if not tests.exists():
         shutil.copytree(ROOT / "tests", tests)
         shutil.copy(ROOT / "pyproject.toml", clean.folder)
+    package.unlink(missing_ok=True)
+    package.symlink_to(next(home.glob("lib/python*/site-packages/genembed")))
     chosen = [str(tests / name) for name in SHORT_TESTS]
     said = ran(
         own,
