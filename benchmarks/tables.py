@@ -1,4 +1,4 @@
-"""Write the tables of README, mini's card and two pages of docs from the result files, so that no number is typed.
+"""Write the tables of README, mini's card and pages of docs from the result files, so that no number is typed.
 
     python benchmarks/tables.py [--check]
 
@@ -18,6 +18,7 @@ from typing import Any
 
 from halting_verdicts import Measured
 from markdown import table
+from reliability_table import reliability
 from report_halting import certified as certified_section
 from results_file import RESULTS, source, stored
 from speed_tables import TABLES as SPEED
@@ -25,7 +26,7 @@ from speed_tables import TABLES as SPEED
 README = Path(__file__).parents[1] / "README.md"
 CALIBRATION = README.parent / "docs" / "calibration.md"
 PERFORMANCE = CALIBRATION.parent / "performance.md"
-SERVING, INDEX = CALIBRATION.parent / "serving.md", CALIBRATION.parent / "index.md"
+SERVING, INDEX, RELIABILITY = (CALIBRATION.parent / f"{name}.md" for name in ("serving", "index", "reliability"))
 CARD = README.parent / "genembed" / "builtin" / "mini" / "README.md"
 
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -140,6 +141,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "certified": certified,
     "trained": trained,
     "calibration": calibration,
+    "reliability": reliability,
     **SPEED,
 }
 
@@ -159,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare")
     arguments = parser.parse_args()
-    for path in (README, CARD, CALIBRATION, PERFORMANCE, SERVING, INDEX):
+    for path in (README, CARD, CALIBRATION, PERFORMANCE, SERVING, INDEX, RELIABILITY):
         text = path.read_text(encoding="utf-8")
         made = filled(text, path.parent)
         if arguments.check and made != text:
