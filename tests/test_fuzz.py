@@ -19,7 +19,9 @@ from genembed.calibrate.certificate import read_rule
 from genembed.files import read_texts
 from genembed.halting import rule_from_json
 from genembed.jobs.folder import JobFolder
+from genembed.jobs.heartbeat import heartbeats
 from genembed.jobs.plan import Plan
+from genembed.jobs.work import check_identity
 from genembed.precision import ranges_from_json
 from genembed.settings import CAUSAL_EOS, GIRCSE, LASER, ModelSettings
 from genembed.source import read_json
@@ -105,15 +107,22 @@ RECEIPT = {
 DESCRIPTION = {"format_version": 1, "identity": {"model": "x"}, "origin": {}, "max_rejects": 0, "output": "parquet"}
 
 
-@given(changed(RECEIPT), changed(DESCRIPTION))
+BEAT = {**{"host": "here", "process": 1, "worker": 0, "started": 1.0, "updated": 1.0, "busy_seconds": 0.0}, "rows": 0, "shard": None}
+
+
+@given(changed(RECEIPT), changed(DESCRIPTION), changed(BEAT))
 @settings(max_examples=100)
-def test_receipts_and_descriptions_of_jobs_are_read_or_refused(tmp_path: Path, receipt: Any, description: Any) -> None:
+def test_what_a_jobs_folder_holds_is_read_or_refused(tmp_path: Path, receipt: Any, description: Any, beat: Any) -> None:
     folder = JobFolder(tmp_path / "job")
     folder.make()
     folder.receipt_file(0).write_text(json.dumps(receipt))
     folder.job.write_text(json.dumps(description))
+    (folder.workers / "x.json").write_text(json.dumps(beat))
+    folder.rejects_file(0).write_text(json.dumps(receipt)[:-1] + json.dumps(beat))
     read_or_refused(lambda: folder.read_receipt(0))
-    read_or_refused(folder.read_description)
+    read_or_refused(lambda: [*folder.read_rejects(0)])
+    read_or_refused(lambda: check_identity(folder.read_description(), {"model": "x"}))
+    read_or_refused(lambda: [one.rows + one.steps for one in heartbeats(folder)])
 
 
 @given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
