@@ -18,6 +18,7 @@ from typing import Any
 
 from halting_verdicts import Measured
 from markdown import table
+from reliability_table import reliability
 from report_halting import certified as certified_section
 from results_file import RESULTS, source, stored
 from speed_tables import TABLES as SPEED
@@ -25,8 +26,9 @@ from speed_tables import TABLES as SPEED
 README = Path(__file__).parents[1] / "README.md"
 CALIBRATION = README.parent / "docs" / "calibration.md"
 PERFORMANCE = CALIBRATION.parent / "performance.md"
-SERVING, INDEX = CALIBRATION.parent / "serving.md", CALIBRATION.parent / "indexing.md"
-EXPORT, JOBS = CALIBRATION.parent / "export.md", CALIBRATION.parent / "jobs.md"
+SERVING, INDEX, EXPORT, JOBS, RELIABILITY = (
+    CALIBRATION.parent / f"{name}.md" for name in ("serving", "indexing", "export", "jobs", "reliability")
+)
 CARD = README.parent / "genembed" / "builtin" / "mini" / "README.md"
 
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -192,6 +194,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "calibration": calibration,
     "output_forms": output_forms,
     "jobs": jobs,
+    "reliability": reliability,
     **SPEED,
 }
 
@@ -211,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare")
     arguments = parser.parse_args()
-    for path in (README, CARD, CALIBRATION, PERFORMANCE, SERVING, INDEX, EXPORT, JOBS):
+    for path in (README, CARD, CALIBRATION, PERFORMANCE, SERVING, INDEX, EXPORT, JOBS, RELIABILITY):
         text = path.read_text(encoding="utf-8")
         made = filled(text, path.parent)
         if arguments.check and made != text:

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from genembed import cpu, cuda
 from genembed.attention import ATTENTION_NAME, PackedAttention
 from genembed.cpu import Product
-from genembed.errors import ConfigurationError
+from genembed.errors import ConfigurationError, NonFiniteError
 from genembed.halting import HaltingRule
 from genembed.settings import ModelSettings
 from genembed.soft_token import Scores, blocked_soft_token, hard_token, recomputed_soft_token, straight_through
@@ -316,6 +316,8 @@ def _embedding_scale(embedding: nn.Module) -> float:
     ids = torch.arange(min(8, len(table)), device=table.device)
     with torch.no_grad():
         rows, output = table[ids].cpu().double(), embedding(ids).cpu().double()  # not every device has float64
+        if not bool(rows.isfinite().all()):
+            raise NonFiniteError("the table of token embeddings holds NaN or infinity.")
         scale = float((rows * output).sum() / (rows * rows).sum().clamp_min(1e-300))
         if not torch.allclose(output, rows * scale, rtol=1e-2, atol=1e-6):
             raise ConfigurationError(

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from genembed.backbone import Backbone, SoftTokenHead
 from genembed.errors import CheckpointError, ConfigurationError, NonFiniteError
-from genembed.source import HEAD_FILE, Source
+from genembed.source import HEAD_FILE, Source, read_json
 from genembed.tokens import PromptTokenizer
 from genembed.verify import verify
 
@@ -29,6 +29,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _FEW_LAYERS = 1_000
 """So many are built in no time, whatever a configuration says."""
 _OF_A_LAYER = re.compile(r"\.\d+\..*(weight|bias)$")
@@ -58,9 +59,9 @@ def load(source: Source, *, device: str, dtype: str | torch.dtype) -> Loaded:
     parts: list[nn.Module] = [part for part in (model, stepper, head) if part is not None]
     for part in parts:
         part.to(target).eval().requires_grad_(False)
-    backbone = Backbone(model, source.settings, head=head, stepper=stepper, has_head=has_head or head is not None)
-    tokenizer = PromptTokenizer(_own_tokenizer(source.tokenizer, len(backbone.table)), source.settings)
     try:
+        backbone = Backbone(model, source.settings, head=head, stepper=stepper, has_head=has_head or head is not None)
+        tokenizer = PromptTokenizer(_own_tokenizer(source.tokenizer, len(backbone.table)), source.settings)
         verify(backbone)
     except NonFiniteError as error:
         raise CheckpointError(f"{source.base}: {error}") from error
@@ -70,6 +71,7 @@ def load(source: Source, *, device: str, dtype: str | torch.dtype) -> Loaded:
 def _load_model(source: Source, dtype: torch.dtype | str) -> tuple[PreTrainedModel, bool]:
     """Load the weights; tell whether they have a language-model head."""
     folder = source.base
+    _check_layers(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # checks of many kinds, with errors that have no class in common
@@ -79,7 +81,6 @@ def _load_model(source: Source, dtype: torch.dtype | str) -> tuple[PreTrainedMod
     if config.model_type == "bert":
         _check_encoder(source)
         config.is_decoder = True
-    _check_layers(config, folder)
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -99,9 +100,12 @@ def _load_model(source: Source, dtype: torch.dtype | str) -> tuple[PreTrainedMod
     return model, _check_report(loaded[1], model, source)
 
 
-def _check_layers(config: Any, folder: Path) -> None:
-    """Refuse a configuration of more layers than there are weights, before a million of them are built."""
-    layers, weights = getattr(config, "num_hidden_layers", 0), 0
+def _check_layers(folder: Path) -> None:
+    """Refuse a configuration of more layers than there are weights, before a million of them, or a list of their names, are made."""
+    config = read_json(folder / "config.json")
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    layers = max((part[name] for part in parts for name in _LAYERS if isinstance(part.get(name), int)), default=0)
+    weights = 0
     for path in folder.glob("*.safetensors"):
         with (
             suppress(OSError, SafetensorError),

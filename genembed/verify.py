@@ -31,8 +31,7 @@ def verify(backbone: Backbone) -> None:
     prompts = [(torch.arange(length).numpy() + 7 * row) % vocab for row, length in enumerate(_LENGTHS)]
     try:
         alone = CachedRows(backbone, TokenBatch.pad(prompts[:1], device=backbone.device))
-        if not bool(alone.last_hidden.isfinite().all()):
-            raise NonFiniteError("hidden states are not finite: the weights hold NaN or infinity, or overflow in this dtype.")
+        _check_finite(alone.last_hidden, "hidden states")
         _check_reading(backbone, prompts[0], alone)
         backbone.packable = _packs(backbone, prompts)
     except torch.OutOfMemoryError:
@@ -62,6 +61,7 @@ def _check_reading(backbone: Backbone, prompt: TokenIds, ours: CachedRows) -> No
         )
     if backbone.has_head and backbone.trained_head is None:
         logits = backbone.model(input_ids=batch.input_ids, attention_mask=mask).logits[:, -1]
+        _check_finite(logits, "logits")
         if not _close(backbone.head(ours.last_hidden), logits):
             raise ConfigurationError(
                 f"{name} makes its logits in a way genembed does not know (beyond a linear head, a scale and a soft cap), so its "
@@ -83,6 +83,7 @@ def _reads_causally(backbone: Backbone) -> bool:
 def _packs(backbone: Backbone, prompts: list[TokenIds]) -> bool:
     steps = 0 if backbone.settings.attention == "bidirectional" else 1
     padded = CachedRows(backbone, TokenBatch.pad(prompts, device=backbone.device))
+    _check_finite(padded.last_hidden, "hidden states")  # or they would look like those of a model that cannot be packed
     try:
         packed = PackedRows(backbone, max_rows=len(prompts), max_tokens=max(_LENGTHS) + steps)
         packed.admit(prompts)
@@ -97,6 +98,11 @@ def _packs(backbone: Backbone, prompts: list[TokenIds]) -> bool:
         raise
     except (ConfigurationError, RuntimeError, TypeError, ValueError, AttributeError):
         return False
+
+
+def _check_finite(numbers: Tensor, name: str) -> None:
+    if not bool(numbers.isfinite().all()):
+        raise NonFiniteError(f"{name} are not finite: the weights hold NaN or infinity, or overflow in this dtype.")
 
 
 def _close(ours: Tensor, theirs: Tensor) -> bool:

@@ -280,7 +280,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no heads": (configure(num_attention_heads=0), "integer division"),
     "a width that is text": (configure(hidden_size="32"), "expected int, got str"),
     "angles of an unknown kind": (configure(rope_parameters={"rope_type": "surprise", "rope_theta": 1e4}), "KeyError: 'surprise'"),
-    "a million layers": (configure(num_hidden_layers=1_000_000, layer_types=None), "says 1000000 layers, but there are only 26 weights"),
+    "a billion layers": (configure(num_hidden_layers=10**9, layer_types=None), "says 1000000000 layers, but there are only 26 weights"),
     "fewer layers than weights": (
         configure(num_hidden_layers=1, layer_types=None),
         "leaves out 12 weights of layers, first model.layers.1",

@@ -4,8 +4,9 @@
 
 A server over a tiny model gets `--size` requests of `byte_streams.py`, thirty at a time, and a fifth as many that schemathesis makes up
 from the server's own OpenAPI document. Beside them somebody asks for `/health` all the time, and clients hold connections open without
-finishing a request. Wrong: a status of 500 or above, a connection that neither gets an answer nor is closed within ten seconds of the
-client's last byte, a server that has ended. Goal: `/health` answers within 100 ms (99 %); the machine is shared with the clients.
+finishing a request. Wrong: a status of 500 or above (but for a text's own deadline), a connection that neither gets an answer nor is
+closed within ten seconds of the client's last byte, a server that has ended. Goal: `/health` answers within 100 ms (99 %); the machine is
+shared with the clients.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from byte_streams import mutated
@@ -71,7 +73,8 @@ async def streams(address: Address, size: int, seed: int, tally: Tally) -> None:
     async def one(kind: str, content: bytes) -> None:
         async with places:
             answered = await outcome(address, content)
-            right = answered is not None and answered.status < 500 and address.alive
+            late = answered is not None and b"deadline_exceeded" in answered.body  # as it was asked for
+            right = answered is not None and (answered.status < 500 or late) and address.alive
             tally.check(right, kind, f"{content[:200]!r}: {'hangs' if answered is None else answered.status}")
 
     try:
@@ -99,7 +102,7 @@ def made_up(address: Address, size: int, tally: Tally) -> None:
 
             @settings(max_examples=-(-size // 8), deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
             @given(case=document[path]["POST"].as_strategy(generation_mode=mode))
-            def try_it(case: schemathesis.Case) -> None:
+            def try_it(case: schemathesis.Case[Any]) -> None:
                 status = case.call().status_code
                 tally.check(status < 500, "made up from the schema", f"{case.body!r:.200}: {status}")
 

@@ -44,13 +44,14 @@ def lengths() -> list[int]:
 
 
 def cases(size: int, rng: random.Random) -> Iterator[tuple[int, ...]]:
-    """Yield each length alone, then ordered pairs and triples."""
+    """Yield each length alone, then ordered pairs and triples; some of all where there is no room for every length."""
     known = lengths()
-    yield from ((length,) for length in known[:size])
+    alone = [(length,) for length in known]
     edges = [length for length in known if any(abs(length - edge) < 4 for edge in (0, LONGEST, PASS, BATCH, QUEUE))]
     pairs = [*itertools.product(edges, repeat=2)]
     triples = [tuple(rng.choice(edges) for _ in range(3)) for _ in range(size)]
-    yield from rng.sample([*pairs, *triples], max(0, size - len(known)))
+    several = [*pairs, *triples]
+    yield from rng.sample([*alone, *several], size) if size < len(alone) else (*alone, *rng.sample(several, size - len(alone)))
 
 
 def text_of(length: int) -> str:
@@ -87,7 +88,8 @@ def run(size: int, seed: int) -> Tally:
 
 @cache
 def _alone(embedder: Embedder, length: int) -> np.ndarray:
-    return embedder.refine([text_of(length)]).vectors[0]
+    vector: np.ndarray = embedder.refine([text_of(length)]).vectors[0]
+    return vector
 
 
 def _through_library(embedder: Embedder, case: tuple[int, ...], tally: Tally) -> None:

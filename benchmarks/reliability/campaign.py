@@ -28,7 +28,8 @@ _SHOWN = 20
 def tiny_folder(place: Path) -> Path:
     """Save a tiny random language model, and return its folder."""
     disable_progress_bar()
-    return doubles.saved("qwen2", place)
+    folder: Path = doubles.saved("qwen2", place)
+    return folder
 
 
 @dataclass

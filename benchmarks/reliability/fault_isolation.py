@@ -152,7 +152,7 @@ def run(size: int, seed: int) -> Tally:
                 outcome = asyncio.run(tried(service, reference, case))
                 tally.check(not outcome, f"{case.fault} at {case.stage}", f"{case}: {outcome}")
         finally:
-            service.close(grace=10)
+            service.close(grace=10.0)
     return tally
 
 

@@ -92,16 +92,21 @@ def tried(folder: Path) -> str:
 def _load(folder: Path, tell: Callable[[str], None]) -> None:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + _MORE_BYTES, used + _MORE_BYTES))
-    warnings.simplefilter("ignore")
+    tell(outcome_of(folder))
+
+
+def outcome_of(folder: Path) -> str:
+    """Load a folder and use the model; return what became of it, in a line."""
     try:
-        vectors = genembed.load(folder, offline=True).encode(["What is a business trip?", "x"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            vectors = genembed.load(folder, offline=True).encode(["What is a business trip?", "x"])
     except GenembedError as error:
-        tell(f"{_REFUSED}: {error}"[:300])
+        return f"{_REFUSED}: {error}"[:300]
     except BaseException as error:  # noqa: BLE001 - any other error is what is looked for
-        tell(f"{type(error).__name__}: {error}"[:300])
-    else:
-        sound = bool(np.isfinite(vectors).all()) and bool((np.abs(np.linalg.norm(vectors, axis=-1) - 1) < 1e-3).all())
-        tell(_LOADED if sound else "gives vectors that are none")
+        return f"{type(error).__name__}: {error}"[:300]
+    sound = bool(np.isfinite(vectors).all()) and bool((np.abs(np.linalg.norm(vectors, axis=-1) - 1) < 1e-3).all())
+    return _LOADED if sound else "gives vectors that are none"
 
 
 ROW = Row(

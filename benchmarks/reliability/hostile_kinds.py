@@ -25,7 +25,7 @@ class Kind:
     """One way to spoil a folder."""
 
     name: str
-    spoil: Callable[[Path, Path], object]
+    spoil: Callable[..., object]
     """Takes the model's folder, and the canary's path."""
 
 
@@ -244,6 +244,8 @@ def _configs() -> Iterator[Kind]:
         {"intermediate_size": 1 << 40},
         {"num_hidden_layers": 1_000_000},
         {"num_hidden_layers": 1_000_000, "layer_types": None},
+        {"num_hidden_layers": 1 << 40, "layer_types": None},
+        {"text_config": {"num_hidden_layers": 1 << 40}},
         {"num_hidden_layers": 3, "layer_types": None},
         {"num_hidden_layers": 1, "layer_types": None},
         {"num_hidden_layers": -1},
@@ -284,21 +286,23 @@ def _junk() -> Iterator[Kind]:
         yield Kind(f"ranges: {value[:40]}", lambda folder, _, value=value: (folder / "ranges.json").write_text(value))
 
 
-def _unlink(folder: Path, name: str) -> None:
+def _unlink(folder: Path, name: str) -> Path:
     (folder / name).unlink()
+    return folder
 
 
-def _pickle(path: Path, canary: Path) -> None:
-    path.write_bytes(pickle.dumps(Bomb(canary)))
+def _pickle(path: Path, canary: Path) -> int:
+    return path.write_bytes(pickle.dumps(Bomb(canary)))
 
 
-def _zip_bomb(path: Path) -> None:
+def _zip_bomb(path: Path) -> Path:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(64 << 20))
+    return path
 
 
-def _module(folder: Path, canary: Path) -> None:
-    (folder / "code.py").write_text(f"import pathlib\npathlib.Path({str(canary)!r}).write_text('dead')\n")
+def _module(folder: Path, canary: Path) -> int:
+    return (folder / "code.py").write_text(f"import pathlib\npathlib.Path({str(canary)!r}).write_text('dead')\n")
 
 
 def _bring_code(folder: Path, canary: Path, name: str, value: Any) -> None:
@@ -363,10 +367,10 @@ def _weight(folder: Path, name: str, change: Callable[[torch.Tensor], object]) -
     _weights(folder, lambda weights: change(weights[name]))
 
 
-def _edit(folder: Path, name: str, **changes: Any) -> None:
+def _edit(folder: Path, name: str, **changes: Any) -> int:
     path = folder / name
     value = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**value, **changes}))
+    return path.write_text(json.dumps({**value, **changes}))
 
 
 def _huge_vocabulary(folder: Path) -> None:

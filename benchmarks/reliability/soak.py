@@ -78,8 +78,8 @@ async def _one(address: Address, row: int, expected: np.ndarray, rng: random.Ran
             await asyncio.wait({asyncio.ensure_future(reader.read(1))}, timeout=rng.random() * 0.2)
         return
     answered = await ask(address, content)
-    if answered.status != 200:
-        tally.check(False, "lost", f"status {answered.status}")
+    if answered.status != 200:  # where others took the processors, 80 % of what could be done before may be too much
+        tally.check(answered.status == 429, "refused" if answered.status == 429 else "lost", f"status {answered.status}")
         return
     apart = float(np.abs(np.asarray(answered.value["data"][0]["embedding"]) - expected[row]).max())
     tally.check(apart <= 1e-5, "answered", f"text {row} is apart by {apart:.2g}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from genembed.errors import CheckpointError, ConfigurationError
 from genembed.jobs.plan import Plan
-from genembed.jobs.storage import read_object
+from genembed.jobs.storage import made_of, read_object
 
 FORMAT_VERSION = 1
 """Of the job's files; a reader refuses another one."""
@@ -105,10 +105,7 @@ class JobFolder:
         version = value.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise ConfigurationError(f"{self.job}: format_version {version!r} is not {FORMAT_VERSION}; embed into another folder.")
-        try:
-            return Description(**value)
-        except TypeError as error:
-            raise CheckpointError(f"{self.job}: is damaged: {error}") from error
+        return made_of(Description, value, self.job)
 
     def read_plan(self) -> Plan:
         """Read which rows belong to which shard.
@@ -125,19 +122,23 @@ class JobFolder:
             CheckpointError: If the receipt is damaged.
         """
         path = self.receipt_file(index)
-        try:
-            receipt = Receipt(**read_object(path))
-        except TypeError as error:
-            raise CheckpointError(f"{path}: is damaged: {error}") from error
+        receipt = made_of(Receipt, read_object(path), path)
         if receipt.shard != index:
             raise CheckpointError(f"{path}: is the receipt of shard {receipt.shard}.")
         return receipt
 
     def read_rejects(self, index: int) -> Iterator[dict[str, Any]]:
-        """Yield the rows of a shard that could not be embedded."""
+        """Yield the rows of a shard that could not be embedded.
+
+        Raises:
+            CheckpointError: If the file is damaged.
+        """
         path = self.rejects_file(index)
-        with path.open(encoding="utf-8") as file:
-            yield from map(json.loads, file)
+        try:
+            with path.open(encoding="utf-8") as file:
+                yield from map(json.loads, file)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: is damaged: {error}") from error
 
 
 class Receipts:

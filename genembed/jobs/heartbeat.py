@@ -12,8 +12,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from genembed.errors import CheckpointError
 from genembed.jobs.encoder import Encoded
 from genembed.jobs.folder import JobFolder
+from genembed.jobs.storage import made_of, read_object
 
 _EVERY_SECONDS = 1.0
 _SILENT_SECONDS = 600.0
@@ -112,8 +114,8 @@ def heartbeats(folder: JobFolder) -> Iterator[Heartbeat]:
     """Yield the workers that are still there."""
     for path in sorted(folder.workers.glob("*.json")):
         try:
-            state = Heartbeat(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            state = made_of(Heartbeat, read_object(path), path)
+        except CheckpointError:
             continue  # it ended just now, or an older worker left something else: a sign of life is no record
         if state.alive:
             yield state

@@ -8,10 +8,14 @@ import json
 import os
 import uuid
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, TypeVar
 
 from genembed.errors import CheckpointError, JobError
+
+Made = TypeVar("Made")
 
 _TEMPORARY = ".tmp-"
 _REASONS = {
@@ -74,6 +78,29 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: is damaged: it holds no JSON object.")
     return value
+
+
+_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    **{"int": int, "str": str, "float": (int, float), "Mapping[str, Any]": dict},
+    **{"int | None": (int, NoneType), "str | None": (str, NoneType)},
+}
+"""Of plain fields, by their annotations."""
+
+
+def made_of(kind: type[Made], value: Mapping[str, Any], path: Path) -> Made:
+    """Make a record of plain fields out of what a file holds.
+
+    Raises:
+        CheckpointError: If a field is missing, unknown or of another type.
+    """
+    try:
+        made = kind(**value)
+    except TypeError as error:
+        raise CheckpointError(f"{path}: is damaged: {error}") from error
+    for field in fields(made):  # type: ignore[arg-type]  # of a dataclass
+        if not isinstance(own := getattr(made, field.name), _TYPES[str(field.type)]):
+            raise CheckpointError(f"{path}: is damaged: {field.name} is {own!r:.80}.")
+    return made
 
 
 def _write(path: Path, content: memoryview) -> None:

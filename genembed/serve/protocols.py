@@ -53,6 +53,8 @@ _PRECISION: dict[Kind, Precision] = {
 }  # fmt: skip
 Kinds = Annotated[list[Kind], FailFast(), Field(min_length=1)]
 Steps = Annotated[int, Field(ge=0, strict=True)]
+Dimensions = Annotated[int, Field(strict=True)]
+Milliseconds = Annotated[float, Field(strict=True)]  # or true would be a deadline of one
 
 
 class Request(BaseModel):
@@ -66,7 +68,7 @@ class OpenAIRequest(Request):
 
     input: Texts
     model: str
-    dimensions: int | None = None
+    dimensions: Dimensions | None = None
     encoding_format: Literal["float", "base64"] = "float"
     user: str | None = None
     input_type: str | None = None
@@ -75,7 +77,7 @@ class OpenAIRequest(Request):
     instruction: str | None = None
     steps: Steps | None = None
     halt: Halt | None = None
-    deadline_ms: float | None = None
+    deadline_ms: Milliseconds | None = None
     truncate: Literal["right", "error"] = "error"
 
     async def answer(self, service: Service) -> dict[str, Any]:
@@ -116,12 +118,12 @@ class CohereRequest(Request):
     texts: Texts
     input_type: str
     embedding_types: Kinds = ["float"]
-    output_dimension: int | None = None
+    output_dimension: Dimensions | None = None
     truncate: Literal["NONE", "START", "END"] = "END"
-    max_tokens: int | None = None
+    max_tokens: Annotated[int, Field(strict=True)] | None = None
     steps: Steps | None = None
     halt: Halt | None = None
-    deadline_ms: float | None = None
+    deadline_ms: Milliseconds | None = None
 
     async def answer(self, service: Service) -> dict[str, Any]:
         """Embed, and answer as Cohere does, with `metadata` in `meta`."""
@@ -152,7 +154,7 @@ class TeiRequest(Request):
     truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"
     prompt_name: str | None = None
     normalize: bool = True
-    dimensions: int | None = None
+    dimensions: Dimensions | None = None
 
     async def answer(self, service: Service) -> Response:
         """Embed, and answer with the bare vectors, for which the client has no room beside; totals are in headers."""
@@ -167,7 +169,7 @@ class TeiRequest(Request):
         return json_response(form(done.vectors), headers=headers)
 
 
-def form_of(service: Service, dimensions: int | None, name: str, *, kind: Kind = "float") -> OutputForm:
+def form_of(service: Service, dimensions: Dimensions | None, name: str, *, kind: Kind = "float") -> OutputForm:
     """Return the form vectors are wanted in, before anything is embedded.
 
     Args:

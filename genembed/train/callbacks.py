@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from genembed.files import publish, recover
-from genembed.train.durable import writing
+from genembed.files import publish, recover, replacing
+from genembed.train.durable import replace_text, writing
 from genembed.train.model import TrainableEmbedder
 from genembed.train.recipe import Recipe
 
@@ -83,10 +84,11 @@ class History(TrainerCallback):
             return
         rows = merged(state.log_history)
         names = list(dict.fromkeys(name for row in rows for name in row))
-        with (self.folder / HISTORY).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(rows)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, names)
+        writer.writeheader()
+        writer.writerows(rows)
+        replace_text(self.folder / HISTORY, text.getvalue())
         draw_curves(rows, self.folder / CURVES)
 
 
@@ -116,7 +118,10 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
         if axes.lines:
             axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    with replacing(path) as file:
+        file.write(picture.getvalue())
 
 
 class KeepBest(TrainerCallback):
