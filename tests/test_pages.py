@@ -104,12 +104,7 @@ def evaluation() -> None:
     write_rows("tweets.jsonl", rows)
 
 
-def jobs() -> None:
-    Path("corpus").mkdir()
-    write_rows("corpus/rows.jsonl", [{"id": f"r{n}", "text": f"text number {n}"} for n in range(6)])
-
-
-MATERIALS: dict[str, Callable[[], None]] = {made.__name__: made for made in (calibration, analysis, training, evaluation, jobs)}
+MATERIALS: dict[str, Callable[[], None]] = {made.__name__: made for made in (calibration, analysis, training, evaluation)}
 """Files that a page takes as the reader's own."""
 
 
