@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from genembed.backbone import Backbone, SoftTokenHead
 from genembed.errors import CheckpointError, ConfigurationError, NonFiniteError
 from genembed.source import HEAD_FILE, Source, read_json
-from genembed.tokens import PromptTokenizer
+from genembed.tokens import PromptTokenizer, naming_panics
 from genembed.verify import verify
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -214,7 +214,7 @@ def load_tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise CheckpointError(f"{folder}: no tokenizer ({', '.join(_TOKENIZER_FILES)}); copy it from the base model.")
     try:
-        with quiet():
+        with quiet(), naming_panics("the tokenizer"):
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the tokenizers library raises Exception itself
         raise CheckpointError(f"{folder}: its tokenizer does not load: {error}") from error

@@ -35,7 +35,8 @@ class Ranges:
         """Refuse ranges that no value could be placed in."""
         if self.minimum.shape != self.maximum.shape or self.minimum.ndim != 1:
             raise ConfigurationError(f"ranges: {self.minimum.shape} minima and {self.maximum.shape} maxima; one of each is needed.")
-        empty = np.flatnonzero(~(self.maximum > self.minimum))
+        with np.errstate(over="ignore", invalid="ignore"):
+            empty = np.flatnonzero(~np.isfinite(self.maximum - self.minimum) | ~(self.maximum > self.minimum))
         if len(empty):
             raise ConfigurationError(
                 f"ranges: dimension {empty[0]} goes from {self.minimum[empty[0]]} to {self.maximum[empty[0]]}, which has no room for a "
@@ -99,7 +100,8 @@ def _numbers(values: Float[np.ndarray, "dimensions"]) -> list[float]:
 
 
 def _row(values: Any) -> Float[np.ndarray, "dimensions"]:
-    return np.asarray(values, dtype=np.float32)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as that
+        return np.asarray(values, dtype=np.float32)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

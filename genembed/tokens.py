@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +132,8 @@ class PromptTokenizer:
         return "".join([*names(self.before), self.template.apply(text, instruction), *names(self.after)])
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
+        with naming_panics("the tokenizer"):
+            return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
 
     def _special_ids(self, settings: ModelSettings) -> tuple[list[int], list[int]]:
         if settings.special_tokens == "tokenizer":
@@ -156,6 +158,21 @@ class PromptTokenizer:
                 f"special token {token!r} is not in this tokenizer's vocabulary; settings and tokenizer do not belong together."
             )
         return int(number)
+
+
+@contextmanager
+def naming_panics(name: str) -> Iterator[None]:
+    """Turn a panic of the tokenizers library into our error: a damaged file can cause one, and `except Exception` lets it through.
+
+    Raises:
+        CheckpointError: If there is one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # the class cannot be imported
+            raise
+        raise CheckpointError(f"{name} breaks down: {error}; its files are damaged, take them from their source again.") from error
 
 
 def check_texts(texts: Sequence[str], *, first_row: int = 0) -> None:

@@ -37,14 +37,18 @@ JSON = st.recursive(
 
 
 def changed(sound: Any) -> st.SearchStrategy[Any]:
-    """Return a JSON value with some of its parts replaced by others, dropped or added, at any depth."""
-    if isinstance(sound, dict):
-        parts = {key: changed(value) for key, value in sound.items()}
-        few = st.fixed_dictionaries({}, optional=parts) | st.fixed_dictionaries(parts)
-        return few | st.builds(lambda own, more: {**own, **more}, few, st.dictionaries(st.text(max_size=8), JSON, max_size=2)) | JSON
-    if isinstance(sound, list):
-        return st.tuples(*map(changed, sound)).map(list) | st.lists(JSON, max_size=4) | JSON
-    return st.just(sound) | JSON
+    """Return a JSON value in which one part, at any depth, is another value, is missing, or has company; the rest is sound."""
+    if isinstance(sound, dict) and sound:
+        keys = st.sampled_from(sorted(sound))
+        other = keys.flatmap(lambda key: changed(sound[key]).map(lambda value: {**sound, key: value}))
+        fewer = keys.map(lambda key: {name: value for name, value in sound.items() if name != key})
+        more = st.dictionaries(st.text(max_size=8), JSON, min_size=1, max_size=2).map(lambda own: {**sound, **own})
+        return st.one_of(other, other, other, fewer, more, JSON)
+    if isinstance(sound, list) and sound:
+        places = st.sampled_from(range(len(sound)))
+        other = places.flatmap(lambda place: changed(sound[place]).map(lambda value: [*sound[:place], value, *sound[place + 1 :]]))
+        return st.one_of(other, st.just(sound[1:]), st.just(sound * 3), JSON)
+    return JSON
 
 
 def read_or_refused(read: Callable[[], object]) -> None:
@@ -133,7 +137,13 @@ def test_any_bytes_of_a_json_file_are_read_or_refused(tmp_path: Path, content: b
     read_or_refused(lambda: read_rule(tmp_path / "file.json"))
 
 
-LINES = st.lists(JSON.map(json.dumps) | st.text(max_size=30) | st.builds(json.dumps, st.fixed_dictionaries({"text": SCALARS})), max_size=5)
+LINES = st.lists(
+    st.just('{"text": 1' + "0" * 5_000 + "}")
+    | JSON.map(json.dumps)
+    | st.text(max_size=30)
+    | st.builds(json.dumps, st.fixed_dictionaries({"text": SCALARS})),
+    max_size=5,
+)
 
 
 def _csv(rows: list[list[str]]) -> bytes:

@@ -138,3 +138,11 @@ def test_ranges_survive_their_file_to_the_last_bit() -> None:
 def test_a_file_of_ranges_that_cannot_be_read_is_refused_with_its_name(value: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         ranges_from_json(value, source="r.json")
+
+
+@pytest.mark.parametrize("largest", [1e39, float("inf"), float("nan")])
+def test_ranges_that_are_not_finite_are_refused(largest: float) -> None:
+    """A number beyond float32 became infinity, and every value had the same code."""
+    value = {"format_version": 1, "dimensions": {"2": {"minimum": [0.0, 0.0], "maximum": [1.0, largest]}}}
+    with pytest.raises(CheckpointError, match=r"dimension 1 goes from 0\.0 to (inf|nan)"):
+        ranges_from_json(value, source="ranges.json")

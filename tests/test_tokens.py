@@ -176,3 +176,19 @@ def test_many_texts_are_tokenised_as_one_by_one() -> None:
     texts = [f"text {number}" for number in range(600)]
     together = made()(texts)
     assert [ids.tolist() for ids in together.ids] == [made()([text]).ids[0].tolist() for text in texts]
+
+
+class PanicException(BaseException):
+    """As the tokenizers library raises for a damaged file: no `Exception`, and of a class that cannot be imported."""
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error_of_the_folder_and_an_interrupt_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = made()
+    for raised, expected in ((PanicException("range end index 10"), CheckpointError), (KeyboardInterrupt(), KeyboardInterrupt)):
+
+        def breaks(*_: Any, raised: BaseException = raised, **__: Any) -> None:
+            raise raised
+
+        monkeypatch.setattr(tokenizer, "tokenizer", breaks)
+        with pytest.raises(expected):
+            tokenizer([TEXT])

@@ -28,6 +28,7 @@ from genembed.train.objective import Objective
 from genembed.train.pairs import DataFile
 from genembed.train.recipe import Lora, Recipe
 from genembed.train.run import train
+from genembed.train.trainer import STAGING
 
 _WORDS = "refine vector claim glucose business trip language model text step stable query document patient"
 _FORK = multiprocessing.get_context("fork")
@@ -79,18 +80,19 @@ def ending(folder: Path) -> dict[str, Any]:
     return {"losses": losses, "weights": sha256(folder / "adapter_model.safetensors")}
 
 
-def killed(recipe: Recipe, output: Path, seconds: float, kills: int, rng: random.Random) -> tuple[int, str]:
-    """Kill a run until it is done or was killed so often; return how often, and what was wrong."""
-    done = 0
+def killed(recipe: Recipe, output: Path, seconds: float, kills: int, rng: random.Random) -> tuple[int, str, int]:
+    """Kill a run until it is done or was killed so often; return how often, what was wrong, and how often a checkpoint was half written."""
+    done = half_written = 0
     while True:
         process = started(recipe, output)
         process.join(rng.random() * seconds if done < kills else _END_SECONDS)
         if process.exitcode is not None:
-            return done, "" if process.exitcode == 0 else f"it ends with {process.exitcode} after {done} kills"
+            return done, "" if process.exitcode == 0 else f"it ends with {process.exitcode} after {done} kills", half_written
         process.kill()
         process.join()
         if done == kills:
-            return done, f"it hangs after {done} kills"
+            return done, f"it hangs after {done} kills", half_written
+        half_written += any((output / STAGING).glob("*"))  # the folder itself stays
         done += 1
 
 
@@ -105,16 +107,16 @@ def run(size: int, seed: int) -> Tally:
         whole = started(recipe, place / "whole")
         whole.join(_END_SECONDS)
         seconds, expected = time.perf_counter() - begin, ending(place / "whole")
-        left = size
+        left, half_written = size, 0
         while left > 0:
-            output = place / f"killed-{left}"
-            kills, wrong = killed(recipe, output, seconds, min(left, 10), rng)
+            output = place / f"killed-{tally.tried}"
+            kills, wrong, caught = killed(recipe, output, seconds, min(left, 10), rng)
+            half_written += caught
             found = ending(output) if not wrong else {}
             wrong = wrong or next((f"other {name}: {found[name]}" for name in expected if found[name] != expected[name]), "")
             tally.check(not wrong, "a run that was killed", wrong)
-            tally.kinds["kills"] += kills
-            left -= max(kills, 1)
-    tally.figures["kills"] = tally.kinds["kills"]
+            left -= kills
+    tally.figures |= {"kills": size, "kills_while_a_checkpoint_was_written": half_written}
     tally.measure("seconds_of_the_unbroken_run", seconds)
     return tally
 

@@ -32,6 +32,14 @@ def tiny(place: Path) -> Embedder:
     return embedder
 
 
+def mini() -> Embedder:
+    """Return the built-in model in a process without threads, which can be forked."""
+    torch.set_num_threads(1)
+    embedder = genembed.load("mini", offline=True)
+    embedder.encode(TEXTS, steps=1)
+    return embedder
+
+
 @dataclass(frozen=True)
 class Address:
     """Where a server listens, and its process."""
