@@ -30,6 +30,9 @@ class Budget:
     """On CUDA, record steps as graphs and replay them."""
     pack_weights: bool = True
     """On CPU in float32 or bfloat16, keep a packed copy of the weights: faster, for the memory of the copy."""
+    native: bool | None = None
+    """On CPU, take steps of few rows, and attention in all others, in C (Linux, with a C compiler). None: where that can be built; True: or
+    refuse; False: never."""
 
     def __post_init__(self) -> None:
         """Check the values."""

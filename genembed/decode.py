@@ -15,6 +15,7 @@ from genembed.budget import Budget
 from genembed.errors import NonFiniteError
 from genembed.graphs import RowsCache
 from genembed.halting import HaltingRule, Progress
+from genembed.native_step import NativeRows
 from genembed.packed import PackedRows, SharedPrefix
 from genembed.parallel import ParallelRows
 from genembed.pooling import accumulation_dtype
@@ -84,7 +85,7 @@ class Job:
 class DecodeBatch:
     """One decode batch over its life: admit, step, collect."""
 
-    def __init__(self, backbone: Backbone, budget: Budget, job: Job, *, max_rows: int, capacity: int, kept: RowsCache | None) -> None:
+    def __init__(self, backbone: Backbone, budget: Budget, job: Job, *, max_rows: int, capacity: int, kept: RowsCache | NativeRows | None) -> None:
         self.backbone, self.budget = backbone, budget
         self.job, self.prompts, self.halt = job, job.prompts, job.halt
         self.kept = kept

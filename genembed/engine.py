@@ -13,6 +13,8 @@ from genembed.decode import DecodeBatch, Job, Refined
 from genembed.errors import ConfigurationError, OutOfMemoryError
 from genembed.graphs import RowsCache, cuda_graph
 from genembed.halting import HaltingRule
+from genembed.native import NativeError
+from genembed.native_step import NativeRows
 from genembed.packed import PrefixCache, SharedPrefix
 from genembed.tokens import TokenIds, common_prefix
 
@@ -34,8 +36,7 @@ class Engine:
         self.backbone = backbone
         self.budget = budget
         self.prefixes = PrefixCache(backbone, size=budget.kept_prefixes)
-        records = budget.record_steps and backbone.device.type == "cuda" and backbone.packable
-        self.kept = RowsCache(backbone, record=cuda_graph) if records else None
+        self.kept = _rows_source(backbone, budget)
         if budget.pack_weights:
             backbone.pack_weights()
 
@@ -125,6 +126,22 @@ class Engine:
                 f"{longest} prompt tokens and {halt.max_steps} steps need {longest + halt.max_steps} positions, but this model has "
                 f"{limit}; use a smaller max_length or fewer steps."
             )
+
+
+def _rows_source(backbone: Backbone, budget: Budget) -> RowsCache | NativeRows | None:
+    """Return what makes the rows of decode batches faster on this device; None for the plain ones."""
+    if not backbone.packable:
+        return None
+    if backbone.device.type == "cuda" and budget.record_steps:
+        return RowsCache(backbone, record=cuda_graph)
+    if backbone.device.type != "cpu" or budget.native is False:
+        return None
+    try:
+        return NativeRows(backbone)
+    except NativeError:
+        if budget.native:
+            raise
+        return None
 
 
 def _similar_lengths(job: Job, ratio: float) -> Iterator[list[int]]:

@@ -10,13 +10,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from genembed import native
 from genembed.attention import attend, wide_softmax
 from genembed.rows import GrowingRows
 from genembed.tokens import TokenIds
@@ -57,6 +58,7 @@ class PackedRows(GrowingRows):
         max_tokens: Own tokens a slot can hold, prompt and generated; 0 when nothing will be generated.
         prefix: Keys and values that every row sees first.
         replay: Adds a soft token to every row in another way, if it can, and tells whether it did.
+        attention: Attends in another way in a step.
     """
 
     def __init__(
@@ -67,12 +69,14 @@ class PackedRows(GrowingRows):
         max_tokens: int,
         prefix: SharedPrefix | None = None,
         replay: Callable[[PackedRows], bool] | None = None,
+        attention: native.Attention | None = None,
     ) -> None:
         self.backbone = backbone
         self.max_rows = max_rows
         self.max_tokens = max_tokens
         self.prefix = prefix
         self.replay = replay
+        self.attention = attention
         self.prefix_length = prefix.length if prefix else 0
         self.lengths: Int[Tensor, "rows"] = torch.zeros(0, dtype=torch.long, device=backbone.device)
         self.last_hidden = self.mean_hidden = torch.zeros(0, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device)
@@ -83,10 +87,21 @@ class PackedRows(GrowingRows):
         self._ahead = 0
         self._fixed = False
         self._mask: Tensor | None = None
+        self._pools: Any = None
 
     def __len__(self) -> int:
         """Rows in the batch now."""
         return self.lengths.shape[0]
+
+    @property
+    def described(self) -> native.Rows:
+        """The rows, their pool and the shared prefix as steps in C read them; good until rows or lengths change."""
+        if self._pools is None:
+            prefix = self.prefix
+            shared = [(None, None)] * len(self._keys) if prefix is None else [*zip(prefix.keys, prefix.values, strict=True)]
+            tensors = [(self._keys[layer], self._values[layer], *shared[layer]) for layer in sorted(self._keys)]
+            self._pools = native.pools(tensors)
+        return native.Rows(len(self), self.prefix_length, self.max_tokens, self.lengths.data_ptr(), self._pools)
 
     def admit(self, prompts: Sequence[TokenIds]) -> None:
         """Read prompts (longest first, so that equal lengths are neighbours) and add them behind the present rows.
@@ -119,11 +134,14 @@ class PackedRows(GrowingRows):
 
     def read_next(self, embeddings: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
         """Read one more position of every row and keep its keys and values, without counting it."""
-        visible = torch.arange(self._used, device=self.lengths.device) <= self.lengths[:, None]
-        # A mask only where rows differ in length; lengths are compared on the host once a step, not once a layer.
-        hides = self._fixed or not bool(visible[:, -1].all())
-        self._mask = visible[:, None, None, :] if hides else None
+        self._mask = self._visible() if self.attention is None else None
         return self.backbone.forward_packed(embeddings, self.lengths + self.prefix_length, rows=self, generated=True)
+
+    def _visible(self) -> Bool[Tensor, "rows 1 1 keys"] | None:
+        """Tell which positions each row sees; None where rows do not differ: compared on the host once a step, not once a layer."""
+        visible = torch.arange(self._used, device=self.lengths.device) <= self.lengths[:, None]
+        hides = self._fixed or not bool(visible[:, -1].all())
+        return visible[:, None, None, :] if hides else None
 
     def accept(self, states: Float[Tensor, "rows hidden"]) -> None:
         """Count a position of every row that was read by `replay`."""
@@ -264,6 +282,8 @@ class PackedRows(GrowingRows):
     def _attend_step(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
+        if self.attention is not None:
+            return self.attention(self.described, layer, query, key, value, scale, window, softcap)
         rows, kv_heads = len(self), key.shape[0]
         slots = torch.arange(rows, device=query.device)
         self._keys[layer][slots, :, self.lengths] = key.transpose(0, 1)
