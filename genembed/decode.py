@@ -85,7 +85,9 @@ class Job:
 class DecodeBatch:
     """One decode batch over its life: admit, step, collect."""
 
-    def __init__(self, backbone: Backbone, budget: Budget, job: Job, *, max_rows: int, capacity: int, kept: RowsCache | NativeRows | None) -> None:
+    def __init__(
+        self, backbone: Backbone, budget: Budget, job: Job, *, max_rows: int, capacity: int, kept: RowsCache | NativeRows | None
+    ) -> None:
         self.backbone, self.budget = backbone, budget
         self.job, self.prompts, self.halt = job, job.prompts, job.halt
         self.kept = kept

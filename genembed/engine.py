@@ -36,7 +36,7 @@ class Engine:
         self.backbone = backbone
         self.budget = budget
         self.prefixes = PrefixCache(backbone, size=budget.kept_prefixes)
-        self.kept = _rows_source(backbone, budget)
+        self.kept, self._not_native = _rows_source(backbone, budget)
         if budget.pack_weights:
             backbone.pack_weights()
 
@@ -67,6 +67,13 @@ class Engine:
         job = Job(prompts, halt, self._shared_prefix(prompts, shared), keep_trajectory, first_row)
         for group in _similar_lengths(job, self.budget.length_ratio):
             yield from self._run_group(job, group)
+
+    @property
+    def done_in_c(self) -> str:
+        """What of a step is done in C (`Budget.native`), and why not the rest."""
+        if not isinstance(self.kept, NativeRows):
+            return f"nothing: {self._not_native}"
+        return "steps of few rows, attention of all" if self.kept.reason is None else f"attention: {self.kept.reason}"
 
     def _run_group(self, job: Job, group: list[int]) -> Iterator[Refined]:
         """Refine one group; when memory runs out, try what is left with half the rows."""
@@ -128,20 +135,19 @@ class Engine:
             )
 
 
-def _rows_source(backbone: Backbone, budget: Budget) -> RowsCache | NativeRows | None:
-    """Return what makes the rows of decode batches faster on this device; None for the plain ones."""
-    if not backbone.packable:
-        return None
-    if backbone.device.type == "cuda" and budget.record_steps:
-        return RowsCache(backbone, record=cuda_graph)
-    if backbone.device.type != "cpu" or budget.native is False:
-        return None
+def _rows_source(backbone: Backbone, budget: Budget) -> tuple[RowsCache | NativeRows | None, str]:
+    """Return what makes the rows of decode batches faster on this device, None for the plain ones; and why nothing is done in C."""
+    device = backbone.device.type
+    if device == "cuda" and budget.record_steps and backbone.packable:
+        return RowsCache(backbone, record=cuda_graph), "on a GPU"
     try:
-        return NativeRows(backbone)
-    except NativeError:
+        if not backbone.packable or device != "cpu":
+            raise NativeError("read in padded batches" if device == "cpu" else f"on {device}")
+        return (NativeRows(backbone), "") if budget.native is not False else (None, "Budget(native=False)")
+    except NativeError as error:
         if budget.native:
-            raise
-        return None
+            raise ConfigurationError(f"native=True: {error}") from error
+        return None, str(error)
 
 
 def _similar_lengths(job: Job, ratio: float) -> Iterator[list[int]]:

@@ -128,7 +128,11 @@ class Attention:
         softcap: float | None,
     ) -> Float[Tensor, "rows heads head_dim"]:
         """Put new keys and values into the pool, and attend to all that each row sees then."""
-        scaled, key, value = query.transpose(0, 1).contiguous() * scale, key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
+        scaled, key, value = (
+            query.transpose(0, 1).contiguous() * scale,
+            key.transpose(0, 1).contiguous(),
+            value.transpose(0, 1).contiguous(),
+        )
         result = torch.empty_like(scaled)
         self.library.attend(
             rows, rows.pools[layer], *(part.data_ptr() for part in (scaled, key, value, result)),
@@ -198,7 +202,9 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise NativeError(f"the kind of processor is unknown: {error}") from error
-    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
+    return platform.machine() + "".join(
+        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    )
 
 
 def _cache_folder() -> Path:

@@ -172,7 +172,9 @@ class Plan:
         if tensor is None:
             return None
         if tensor.dtype != self.backbone.dtype or not tensor.is_contiguous():
-            raise NativeError(f"{type(owner).__name__}.{name} is {tensor.dtype}, or not laid out in rows; the model is {self.backbone.dtype}.")
+            raise NativeError(
+                f"{type(owner).__name__}.{name} is {tensor.dtype}, or not laid out in rows; the model is {self.backbone.dtype}."
+            )
         self._read.append((owner, name, tensor.data_ptr()))
         return tensor.data_ptr()
 
@@ -187,9 +189,14 @@ class NativeRows:
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self.library = native.library(backbone.dtype)
-        self.reason: str | None = None
-        """Why whole steps are not done in C; attention is all the same."""
         self._plan: Plan | None = None
+        self._reason: str | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """Why whole steps are not done in C, None if they are; attention is in any case."""
+        self._current_plan()
+        return self._reason
 
     def take(self, *, max_rows: int, max_tokens: int, prefix: SharedPrefix | None) -> PackedRows:
         """Return rows of this size over this prefix, without a row in them."""
@@ -208,12 +215,12 @@ class NativeRows:
         """Keep nothing."""
 
     def _current_plan(self) -> Plan | None:
-        if self.reason is None and (self._plan is None or not self._plan.fresh):
+        if self._reason is None and (self._plan is None or not self._plan.fresh):
             try:
                 self._plan = Plan(self.backbone)
                 self._compare(self._plan)
             except NativeError as error:
-                self._plan, self.reason = None, str(error)
+                self._plan, self._reason = None, str(error)
         return self._plan
 
     @torch.inference_mode()

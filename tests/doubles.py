@@ -199,6 +199,16 @@ def trainable(backbone: Backbone) -> Backbone:
     return Backbone(weights, backbone.settings, head=head)
 
 
+def cast(backbone: Backbone, dtype: torch.dtype) -> Backbone:
+    """Return a backbone over a copy of the weights in another dtype."""
+    found = trainable(backbone)
+    for module in (found.model, found.trained_head):
+        if module is not None:
+            module.requires_grad_(False).to(dtype)
+    found.read_vocabulary()
+    return found
+
+
 def save_adapter(base: Path, folder: Path, *, seed: int = 1, named: str | None = None) -> Path:
     """Train nothing, and save a random LoRA adapter over `base` as the published GIRCSE folders are: adapter and tokenizer."""
     torch.manual_seed(seed)

@@ -87,7 +87,7 @@ static void layer_step(const Model *model, const Layer *layer, const Rows *rows,
     product_of_thread(&layer->key, mine, space->keys, count, thread);
     product_of_thread(&layer->value, mine, space->values, count, thread);
     meet(thread);
-    for (int64_t item = from(count * model->kv_heads, thread); item < to(count * model->kv_heads, thread); item++) {
+    for (int64_t item = thread->index; item < count * model->kv_heads; item += thread->count) {
         int64_t r = item / model->kv_heads, h = item % model->kv_heads;
         attend_head(model, layer, rows, pool, r, h, space->queries + r * q + h * group * dim, space->keys + r * kv + h * dim,
                     space->values + r * kv + h * dim, space->mixed + r * q + h * group * dim);
@@ -138,6 +138,12 @@ int64_t space_of_step(const Model *model, int64_t rows, int64_t threads) {
 }
 
 int64_t most_rows(void) { return MOST_ROWS; }
+
+/* Bytes of each structure in the order of model.h, for whoever describes them in another language. */
+void sizes(int64_t *bytes) {
+    const int64_t found[] = {sizeof(Linear), sizeof(Norm), sizeof(Layer), sizeof(Head), sizeof(Model), sizeof(Pool), sizeof(Rows)};
+    memcpy(bytes, found, sizeof found);
+}
 
 /* Add a soft token to every row and read it: `hidden` [rows, hidden] holds the newest states, and then the next ones. */
 void step(const Model *model, const Rows *rows, stored *hidden, real *memory, int64_t threads) {

@@ -104,6 +104,7 @@ def _facts(embedder: genembed.Embedder, instruction: str) -> dict[str, Any]:
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "device": str(backbone.device),
         "packing": backbone.packable,
+        "done_in_c": embedder.engine.done_in_c,
         **{field.name: getattr(settings, field.name) for field in fields(settings)},
         "prompt": embedder.first_prompt("TEXT"),
         "prompt_with_instruction": embedder.first_prompt("TEXT", instruction=instruction),

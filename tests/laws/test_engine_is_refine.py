@@ -108,6 +108,7 @@ def cases(draw: st.DrawFn, pool: str) -> tuple[str, list[int], Rule, Budget]:
         min_prefix=draw(st.sampled_from([1, 4, 30])),
         check_every=draw(st.sampled_from([1, 2, 3, 5])),
         record_steps=draw(st.booleans()),
+        native=draw(st.sampled_from([None, False])),
     )
     return pooling, chosen, rule, budget
 
@@ -130,11 +131,11 @@ BUSY = Budget(max_rows=4, prefill_tokens=30, length_ratio=50.0, min_prefix=1, re
 
 @pytest.mark.parametrize("pool", list(POOLS))
 @pytest.mark.parametrize("family", list(doubles.FAMILIES))
-@pytest.mark.parametrize("as_on_a_gpu", [False, True])
-def test_every_architecture_equals_the_reference_loop_when_rows_leave_and_enter(family: str, pool: str, as_on_a_gpu: bool) -> None:
+@pytest.mark.parametrize("way", ["native", "torch", "as on a gpu"])
+def test_every_architecture_equals_the_reference_loop_when_rows_leave_and_enter(family: str, pool: str, way: str) -> None:
     chosen = list(range(len(POOLS[pool])))
     schedule = doubles.Schedule(tuple(1 + (5 * row) % MAX_STEPS for row in chosen))
-    budget = replace(BUSY, record_steps=True, check_every=4) if as_on_a_gpu else BUSY
+    budget = replace(BUSY, record_steps=True, check_every=4) if way == "as on a gpu" else replace(BUSY, native=way == "native")
     assert_engine_is_refine(family, "generated", pool, chosen, schedule, budget)
     assert_engine_is_refine(family, "mean", pool, chosen[::-1], ConvergeStop(0.97, patience=1, max_steps=MAX_STEPS), budget)
 
