@@ -140,13 +140,8 @@ class Ceiling:
 
 def ceiling_of(backbone: Backbone, rates: Rates, dtype: str | None = None) -> Ceiling:
     """Return the ceiling of a model, in another dtype than its own if one is named."""
-    tied = backbone.trained_head is None and _tied(backbone)
+    tied = backbone.head.weight.data_ptr() == backbone.spoken.data_ptr()
     return Ceiling(shape=shape_of_backbone(backbone), rates=rates, tied=tied, dtype=dtype or str(backbone.dtype).removeprefix("torch."))
-
-
-def _tied(backbone: Backbone) -> bool:
-    output: Any = backbone.model.get_output_embeddings()
-    return output is not None and output.weight is backbone.table
 
 
 def main() -> None:

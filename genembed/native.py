@@ -142,7 +142,7 @@ class Attention:
 
 
 def pools(tensors: Sequence[tuple[Tensor | None, ...]]) -> ctypes.Array[Pool]:
-    """Describe the pool of each layer: keys, values, and those of the shared prefix, if there is one; they must outlive what is returned."""
+    """Describe the pool of each layer: keys, values, and those of the shared prefix or None; they must outlive what is returned."""
     described = [Pool(*(None if tensor is None else tensor.data_ptr() for tensor in own)) for own in tensors]
     return (Pool * len(described))(*described)
 

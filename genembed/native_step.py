@@ -51,10 +51,11 @@ class Plan:
         model.layers, model.num_layers = (native.Layer * len(layers))(*layers), len(layers)
         model.hidden, model.widest = backbone.hidden_size, max(layer.up.outputs for layer in layers)
         model.head = self._head()
-        if model.head_dim > native.MOST_DIM:
-            raise NativeError(f"attention heads of {model.head_dim} dimensions are too wide for steps in C.")
         self._rotary = getattr(part, "rotary_emb", None)
-        self._reach = 0
+        self.positions = 0 if self._rotary is not None else part.config.max_position_embeddings
+        """Positions that a row may have: those of a table, or those for which rotations are known."""
+        self.reach(1)
+        _check(model, layers)
 
     @property
     def fresh(self) -> bool:
@@ -63,12 +64,14 @@ class Plan:
 
     def reach(self, positions: int) -> None:
         """Make sure that rotations are known for so many positions."""
-        if self._rotary is None or positions <= self._reach:
+        if self._rotary is None or positions <= self.positions:
             return
-        self._reach = 1 << (positions - 1).bit_length()
+        self.positions = 1 << (positions - 1).bit_length()
         real = torch.promote_types(self.backbone.dtype, torch.float32)
-        cosines, sines = self._rotary(torch.zeros(1, dtype=real), torch.arange(self._reach)[None])
+        cosines, sines = self._rotary(torch.zeros(1, dtype=real), torch.arange(self.positions)[None])
         self._rotations = cosines[0].contiguous(), sines[0].contiguous()
+        if cosines.shape[-1] != self.model.head_dim:
+            raise NativeError(f"rotations of {cosines.shape[-1]} of {self.model.head_dim} dimensions are none that steps in C know.")
         self.model.cosines, self.model.sines = (table.data_ptr() for table in self._rotations)
 
     def _decoder(self, part: Any) -> list[native.Layer]:
@@ -87,8 +90,8 @@ class Plan:
         return native.Layer(
             before_attention=self._norm(layer.input_layernorm),
             before_feed_forward=self._norm(layer.post_attention_layernorm),
-            of_queries=self._norm(getattr(attention, "q_norm", None)),
-            of_keys=self._norm(getattr(attention, "k_norm", None)),
+            of_queries=self._norm(getattr(attention, "q_norm", None), self.model.head_dim),
+            of_keys=self._norm(getattr(attention, "k_norm", None), self.model.head_dim),
             query=self._linear(attention.q_proj),
             key=self._linear(attention.k_proj),
             value=self._linear(attention.v_proj),
@@ -101,7 +104,7 @@ class Plan:
         )
 
     def _encoder(self, part: Any) -> list[native.Layer]:
-        """A norm follows both halves of a layer, and the embeddings: each is the one before the next half, and what that half is added to."""
+        """A norm follows each half of a layer, and the embeddings: it stands before the next half, which is added to what it gives."""
         config, first = part.config, part.encoder.layer[0].attention.self
         self._shape(config.num_attention_heads, config.num_attention_heads, first.attention_head_size, first.scaling, after_norm=True)
         embeddings = part.embeddings
@@ -158,9 +161,12 @@ class Plan:
             raise NativeError(f"{type(layer).__name__} is no plain linear layer.")
         return native.Linear(self._pointer(layer, "weight"), self._pointer(layer, "bias"), *layer.weight.shape)
 
-    def _norm(self, norm: nn.Module | None) -> native.Norm:
+    def _norm(self, norm: nn.Module | None, size: int | None = None) -> native.Norm:
         if norm is None:
             return native.Norm()
+        weight: Any = norm.weight
+        if weight is None or weight.shape != (size or self.backbone.hidden_size,):
+            raise NativeError(f"{type(norm).__name__} has no weight for each of {size or self.backbone.hidden_size} dimensions.")
         if type(norm) is nn.LayerNorm:
             return native.Norm(self._pointer(norm, "weight"), self._pointer(norm, "bias"), norm.eps, _LAYER_NORM)
         if type(norm).__name__.endswith("RMSNorm"):
@@ -252,9 +258,9 @@ class _Steps:
         self._space = torch.empty(0, dtype=torch.uint8)
 
     def __call__(self, rows: PackedRows) -> bool:
-        """Add a soft token to every row, if they are few, and tell whether it was done."""
+        """Add a soft token to every row, if they are few and have room, and tell whether it was done."""
         count = len(rows)
-        if count > self.most_rows:
+        if count > self.most_rows or rows.full or rows.prefix_length + rows.max_tokens > self.plan.positions:
             return False
         threads, model = torch.get_num_threads(), self.plan.model
         needed = self.library.space_of_step(model, count, threads)
@@ -264,6 +270,25 @@ class _Steps:
         self.library.step(model, rows.described, states.data_ptr(), self._space.data_ptr(), threads)
         rows.accept(states)
         return True
+
+
+def _check(model: native.Model, layers: list[native.Layer]) -> None:
+    """Refuse shapes that do not fit together: C would read what lies beside them."""
+    hidden, queries, keys = model.hidden, model.heads * model.head_dim, model.kv_heads * model.head_dim
+    expected = {(model.head.vocabulary.inputs, hidden)}
+    if model.head.dense.weight is not None:
+        expected |= {(model.head.dense.inputs, hidden), (model.head.dense.outputs, hidden)}
+    for layer in layers:
+        wide = layer.up.outputs
+        expected |= {(own.inputs, hidden) for own in (layer.query, layer.key, layer.value, layer.up)}
+        expected |= {(layer.query.outputs, queries), (layer.key.outputs, keys), (layer.value.outputs, keys), (layer.output.inputs, queries)}
+        expected |= {(layer.output.outputs, hidden), (layer.down.inputs, wide), (layer.down.outputs, hidden)}
+        if layer.gate.weight is not None:
+            expected |= {(layer.gate.inputs, hidden), (layer.gate.outputs, wide)}
+    wrong = {pair for pair in expected if pair[0] != pair[1]}
+    if wrong or model.heads % model.kv_heads or model.head_dim > native.MOST_DIM:
+        heads = f"{model.heads} heads of {model.head_dim} dimensions over {model.kv_heads} of keys"
+        raise NativeError(f"{heads}, and layers of sizes {sorted(wrong)} instead of one another, are not what steps in C can do.")
 
 
 def _activation(name: Any) -> int:

@@ -94,6 +94,11 @@ class PackedRows(GrowingRows):
         return self.lengths.shape[0]
 
     @property
+    def full(self) -> bool:
+        """Whether the longest row has no place for one more position."""
+        return self._used >= self.max_tokens
+
+    @property
     def described(self) -> native.Rows:
         """The rows, their pool and the shared prefix as steps in C read them; good until rows or lengths change."""
         if self._pools is None:
@@ -134,7 +139,8 @@ class PackedRows(GrowingRows):
 
     def read_next(self, embeddings: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
         """Read one more position of every row and keep its keys and values, without counting it."""
-        self._mask = self._visible() if self.attention is None else None
+        # Where the pool is full, PyTorch's operations refuse what C would write behind it.
+        self._mask = self._visible() if self.attention is None or self._used > self.max_tokens else None
         return self.backbone.forward_packed(embeddings, self.lengths + self.prefix_length, rows=self, generated=True)
 
     def _visible(self) -> Bool[Tensor, "rows 1 1 keys"] | None:
@@ -282,7 +288,7 @@ class PackedRows(GrowingRows):
     def _attend_step(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
-        if self.attention is not None:
+        if self.attention is not None and self._used <= self.max_tokens:
             return self.attention(self.described, layer, query, key, value, scale, window, softcap)
         rows, kv_heads = len(self), key.shape[0]
         slots = torch.arange(rows, device=query.device)

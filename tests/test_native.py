@@ -191,6 +191,31 @@ def test_what_steps_in_c_do_not_know_is_named_and_gets_its_attention_from_c(kind
     np.testing.assert_allclose(vectors(backbone, native=True), vectors(backbone, native=False), atol=2e-7)
 
 
+def narrowed() -> Backbone:
+    backbone = doubles.trainable(doubles.backbone("llama"))
+    attention = backbone.base.layers[0].self_attn  # type: ignore[union-attr, index]
+    attention.v_proj = torch.nn.Linear(doubles.HIDDEN, 8, dtype=torch.float64)
+    return backbone
+
+
+def test_layers_whose_sizes_do_not_fit_together_are_refused_before_c_reads_beside_them() -> None:
+    with pytest.raises(native.NativeError, match=r"layers of sizes \[\(8, 16\)\] instead of one another"):
+        Plan(narrowed())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_a_position_behind_the_pool_is_refused_and_not_written(family: str) -> None:
+    engine = Engine(doubles.backbone(family), Budget(native=True))
+    assert isinstance(engine.kept, NativeRows)
+    with torch.inference_mode():
+        rows = engine.kept.take(max_rows=1, max_tokens=7, prefix=None)
+        rows.admit(doubles.prompts([5]))
+        rows.generate()
+        rows.generate()
+        with pytest.raises(IndexError):
+            rows.generate()
+
+
 @pytest.fixture
 def nothing_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Give the test a cache of its own."""
@@ -239,7 +264,7 @@ def test_nothing_is_loaded_from_a_folder_that_others_could_have_filled(nothing_b
         nothing_built.symlink_to(nothing_built.parent / "elsewhere")
     else:
         nothing_built.write_text("")
-    with pytest.raises(native.NativeError, match="belongs to somebody else|cannot be made"):
+    with pytest.raises(native.NativeError, match=r"belongs to somebody else|cannot be made"):
         native.library(torch.float32)
 
 
