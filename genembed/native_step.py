@@ -23,8 +23,8 @@ _ACTIVATIONS = {"silu": 1, "swish": 1, "gelu": 2, "gelu_new": 3, "gelu_pytorch_t
 _ROPES = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary positions that depend on the position alone, and not on the length of the text."""
 _ROOT_MEAN_SQUARE, _LAYER_NORM = 1, 2
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""Of a state, as a share of the largest: Transformers takes some norms in float32 whatever the dtype, and rounds all states to bfloat16."""
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Of a state, as a share of the largest; the modules round all states to bfloat16, a step in C those that it returns."""
 
 
 class Plan:
@@ -169,6 +169,8 @@ class Plan:
             raise NativeError(f"{type(norm).__name__} has no weight for each of {size or self.backbone.hidden_size} dimensions.")
         if type(norm) is nn.LayerNorm:
             return native.Norm(self._pointer(norm, "weight"), self._pointer(norm, "bias"), norm.eps, _LAYER_NORM)
+        if self.backbone.dtype == torch.float64 and type(norm).__module__.startswith("transformers."):
+            raise NativeError(f"{type(norm).__name__} rounds to float32 in a float64 model, which a step in C would not.")
         if type(norm).__name__.endswith("RMSNorm"):
             return native.Norm(self._pointer(norm, "weight"), None, norm.variance_epsilon, _ROOT_MEAN_SQUARE)
         raise NativeError(f"{type(norm).__name__} is no norm that steps in C know.")
