@@ -73,6 +73,7 @@ class LiveEngine:
         self._rows: dict[int, Ticket] = {}
         self._prompts: dict[int, TokenIds] = {}
         self._entering: list[int] = []
+        self._has_read = False
         self._finished: deque[tuple[float, int]] = deque()
         self._changed = threading.Condition()
         self._closing = self._stopped = False
@@ -90,19 +91,28 @@ class LiveEngine:
         """
         tickets = [Ticket(prompt, own) for prompt, own in zip(prompts, terms, strict=True)]
         tokens = sum(len(prompt) for prompt in prompts)
-        if tokens > self.max_queue_tokens:
-            raise InputError(f"the {tokens} tokens of this request do not fit into a queue of {self.max_queue_tokens}; send several.")
         with self._changed:
             if self._closing or not self._thread.is_alive():
                 raise ClosedError("the server is shutting down and takes no new texts.")
-            if self.queued_tokens + tokens > self.max_queue_tokens:
-                raise OverloadedError(
-                    f"{self.queued_tokens} tokens are waiting, and {tokens} more do not fit into a queue of {self.max_queue_tokens}.",
-                    retry_after=self._retry_after(),
-                )
+            self.check_room(tokens)
             self._queue.add(tickets)
             self._changed.notify()
         return tickets
+
+    def check_room(self, tokens: int) -> None:
+        """Refuse a request of so many tokens; of so many at least, it would be refused all the same once they are counted.
+
+        Raises:
+            InputError: If they would not even fit into an empty queue.
+            OverloadedError: If they would not fit into the queue now.
+        """
+        if tokens > self.max_queue_tokens:
+            raise InputError(f"the {tokens} tokens of this request do not fit into a queue of {self.max_queue_tokens}; send several.")
+        if self.queued_tokens + tokens > self.max_queue_tokens:
+            raise OverloadedError(
+                f"{self.queued_tokens} tokens are waiting, and {tokens} more do not fit into a queue of {self.max_queue_tokens}.",
+                retry_after=self._retry_after(),
+            )
 
     @property
     def queued_tokens(self) -> int:
@@ -167,11 +177,13 @@ class LiveEngine:
         self._admit()
         if not self._rows:
             return  # all that waited had left
+        entering = len(self._entering)
         try:
             refined = self._batch.turn(self._entering)
         except Exception as error:  # noqa: BLE001 - whatever goes wrong with one text must not end the service for the others
             self._recover(error)
         else:
+            self._has_read = len(self._entering) < entering
             self._answer(refined)
         self.last_sign = time.monotonic()
 
@@ -186,14 +198,23 @@ class LiveEngine:
         return not self._stopped
 
     def _admit(self) -> None:
-        """Give waiting texts the free places, and let those go that nobody waits for."""
+        """Give waiting texts the free places, and let those go that nobody waits for.
+
+        Who comes while prompts are read waits for a step of those under way: they are not held by a stream of newcomers, and as many
+        prompts as have come are read in one pass, which costs little more than one alone.
+        """
+        new: list[int] = []
         with self._changed:
             if self._leaving:
                 self._let_go()
-            free = [place for place in range(self.max_rows) if place not in self._rows]
-            while self._queue and free and self._may_enter(self._queue.first()):
-                self._enter(free.pop(0), self._queue.take())
+            if not (self._has_read and self._rows):
+                free = [place for place in range(self.max_rows) if place not in self._rows]
+                while self._queue and len(new) < len(free) and self._may_enter(self._queue.first()):
+                    self._enter(free[len(new)], self._queue.take())
+                    new.append(free[len(new)])
             late = self._queue.drop_late(time.monotonic())
+        # The batch takes from the end: the longest first, as it reads prompts of one length together.
+        self._entering[:0] = sorted(new, key=lambda place: len(self._prompts[place]))
         for ticket in late:
             _fail(ticket, DeadlineError("the deadline passed while the text waited for a place; no step of it was done."))
 
@@ -213,7 +234,6 @@ class LiveEngine:
     def _enter(self, place: int, ticket: Ticket) -> None:
         self._rows[place], self._prompts[place] = ticket, ticket.prompt
         self._terms.promise(place, ticket.terms)
-        self._entering.insert(0, place)
 
     def _answer(self, refined: Refined | None) -> None:
         if refined is None:
@@ -242,6 +262,7 @@ class LiveEngine:
         self._rows.clear()
         self._prompts.clear()
         self._entering.clear()
+        self._has_read = False
         if len(tickets) == 1:
             _fail(tickets[0], error)
             return
