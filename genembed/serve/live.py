@@ -25,6 +25,8 @@ IDLE_SECONDS = 0.5
 """Between two signs of life of an engine without work."""
 log = logging.getLogger("genembed.serve")
 
+_HELD_STEPS, _FEW = 1, 4
+"""Steps more that newcomers wait where as many times more texts are under way."""
 _RATE_SECONDS = 10.0
 """Over which the rate behind `retry_after` is measured."""
 
@@ -73,7 +75,7 @@ class LiveEngine:
         self._rows: dict[int, Ticket] = {}
         self._prompts: dict[int, TokenIds] = {}
         self._entering: list[int] = []
-        self._has_read = False
+        self._steps_since_read = 0
         self._finished: deque[tuple[float, int]] = deque()
         self._changed = threading.Condition()
         self._closing = self._stopped = False
@@ -183,7 +185,7 @@ class LiveEngine:
         except Exception as error:  # noqa: BLE001 - whatever goes wrong with one text must not end the service for the others
             self._recover(error)
         else:
-            self._has_read = len(self._entering) < entering
+            self._steps_since_read = 0 if len(self._entering) < entering else self._steps_since_read + 1
             self._answer(refined)
         self.last_sign = time.monotonic()
 
@@ -198,16 +200,12 @@ class LiveEngine:
         return not self._stopped
 
     def _admit(self) -> None:
-        """Give waiting texts the free places, and let those go that nobody waits for.
-
-        Who comes while prompts are read waits for a step of those under way: they are not held by a stream of newcomers, and as many
-        prompts as have come are read in one pass, which costs little more than one alone.
-        """
+        """Give waiting texts the free places, and let those go that nobody waits for."""
         new: list[int] = []
         with self._changed:
             if self._leaving:
                 self._let_go()
-            if not (self._has_read and self._rows):
+            if not self._wait_for_more():
                 free = [place for place in range(self.max_rows) if place not in self._rows]
                 while self._queue and len(new) < len(free) and self._may_enter(self._queue.first()):
                     self._enter(free[len(new)], self._queue.take())
@@ -217,6 +215,17 @@ class LiveEngine:
         self._entering[:0] = sorted(new, key=lambda place: len(self._prompts[place]))
         for ticket in late:
             _fail(ticket, DeadlineError("the deadline passed while the text waited for a place; no step of it was done."))
+
+    def _wait_for_more(self) -> bool:
+        """Tell whether newcomers wait for a step of those under way, so that more of them can be read in one pass.
+
+        Reading a prompt alone costs as much as a step, and all rows under way stand still meanwhile; reading a few costs little more. So
+        there is a step between two readings, and one more where those who wait are few beside those who would stand still.
+        """
+        if not (self._rows and self._queue):
+            return False
+        few = self._queue.waiting * _FEW < len(self._rows)
+        return self._steps_since_read < (1 + _HELD_STEPS if few else 1)
 
     def _let_go(self) -> None:
         while self._leaving:
@@ -262,7 +271,6 @@ class LiveEngine:
         self._rows.clear()
         self._prompts.clear()
         self._entering.clear()
-        self._has_read = False
         if len(tickets) == 1:
             _fail(tickets[0], error)
             return

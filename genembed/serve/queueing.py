@@ -49,6 +49,8 @@ class FairQueue:
         self.tokens = 0
         """Prompt tokens that wait."""
         self._requests: deque[deque[Ticket]] = deque()
+        self.waiting = 0
+        """Texts that wait."""
         self._hurried = 0
         """Texts that wait and have a deadline."""
 
@@ -100,10 +102,12 @@ class FairQueue:
         return [ticket for request in self._requests for ticket in request]
 
     def _note(self, ticket: Ticket) -> None:
+        self.waiting += 1
         self.tokens += len(ticket.prompt)
         self._hurried += ticket.terms.has_deadline
 
     def _forget(self, ticket: Ticket) -> None:
+        self.waiting -= 1
         self.tokens -= len(ticket.prompt)
         self._hurried -= ticket.terms.has_deadline
 
