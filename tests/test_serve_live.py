@@ -230,6 +230,25 @@ def test_who_comes_while_a_prompt_is_read_is_read_with_all_others_after_the_next
     assert live.close(grace=PATIENCE_SECONDS)
 
 
+@pytest.mark.parametrize(("newcomers", "steps"), [(1, 2), (2, 1)])
+def test_newcomers_wait_a_step_more_where_they_are_few_beside_many(newcomers: int, steps: int, embedder: Embedder, patch: Patch) -> None:
+    gate, live = Gate(embedder.backbone, patch), LiveEngine(embedder, max_rows=8, max_steps=6)
+    passes_before, whole = list[int](), PackedRows.admit
+
+    def noted(rows: PackedRows, prompts: list[Any]) -> None:
+        passes_before.append(gate.passes)
+        whole(rows, prompts)
+
+    patch.setattr(PackedRows, "admit", noted)
+    many = asked(live, embedder, TEXTS[:5], FixedSteps(6))
+    until(lambda: live.under_way == 5)
+    few = asked(live, embedder, TEXTS[:newcomers], FixedSteps(6))
+    gate.free()
+    wait([ticket.answer for ticket in (*many, *few)], PATIENCE_SECONDS)
+    assert passes_before == [0, 1 + steps]
+    assert live.close(grace=PATIENCE_SECONDS)
+
+
 def test_a_request_is_over_with_its_first_failure_and_whoever_waits_need_not_be_there_any_more(embedder: Embedder) -> None:
     tickets = [Ticket(np.zeros(1, dtype=np.int64), Terms(rule=FixedSteps(1))) for _ in range(3)]
 
