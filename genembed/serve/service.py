@@ -34,8 +34,8 @@ SILENT_SECONDS = 5.0
 """After which an engine that has given no sign of life counts as frozen."""
 _PROBE = "ready?"
 
-SHORT_CHARACTERS = 2_000
-"""Characters of a request that are tokenised at once, in about a millisecond; longer ones would hold up other connections."""
+SHORT_CHARACTERS, SHORT_TEXTS = 2_000, 32
+"""What of a request is tokenised at once, in about a millisecond; more would hold up other connections."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +217,7 @@ class Service:
 
     async def _tokens(self, texts: Sequence[str], instruction: str | None, wish: Wish) -> Tokenised:
         """Tokenise a few short texts here, which takes less than waking a thread; others in the tokenizer's own."""
-        short = sum(map(len, texts)) + len(instruction or "") <= SHORT_CHARACTERS
+        short = len(texts) <= SHORT_TEXTS and sum(map(len, texts)) + len(instruction or "") <= SHORT_CHARACTERS
         if short and self._tokenizer_is_used.acquire(blocking=False):
             try:
                 return self._tokenise(texts, instruction, wish)
