@@ -217,6 +217,12 @@ def test_an_index_that_no_model_made_is_refused(qwen: Embedder, index: Index) ->
         Explorer({"first": qwen}, index, max_steps=6)
 
 
+@pytest.mark.parametrize(("field", "least", "most"), [("steps", 0, 6), ("top", 1, 20), ("hits", 1, 20)])
+def test_what_can_be_asked_for_ends_where_it_says(field: str, least: int, most: int, service: Service) -> None:
+    wished = [post(**({"text": TEXT, "steps": 1} | {field: value})) for value in (least, most, least - 1, most + 1)]
+    assert [answer.status_code for answer in answers(create_app(service), *wished)] == [200, 200, 400, 400]
+
+
 @pytest.mark.parametrize(
     ("request_", "status", "said"),
     [

@@ -147,6 +147,15 @@ def test_the_soft_tokens_stand_there_step_by_step_with_their_weights(page: Page,
         assert bars[0] > 0
 
 
+def test_the_tokens_of_a_step_share_the_width_of_their_table(page: Page) -> None:
+    """Five of them stood in the left half of it, and long ones were broken into two lines."""
+    run(page)
+    table, last = (page.locator(where).first.bounding_box() for where in (".tokens", ".tokens li:last-child"))
+    assert table is not None
+    assert last is not None
+    assert abs(table["x"] + table["width"] - last["x"] - last["width"]) < 2
+
+
 def test_the_curve_says_what_its_table_says(page: Page, models: dict[str, Embedder]) -> None:
     run(page)
     known = seen(models, None)

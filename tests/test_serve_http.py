@@ -26,7 +26,7 @@ from genembed.cli.serving import _key
 from genembed.errors import ConfigurationError
 from genembed.precision import Ranges, truncate
 from genembed.serve.limits import Limits
-from genembed.serve.service import Service
+from genembed.serve.service import SHORT_CHARACTERS, Service
 from serving import NAME, served
 
 TEXTS = ["a claim", "What is a business trip?", "A language model refines the vector of a text step by step."]
@@ -272,6 +272,10 @@ def test_limits_hold_at_the_limit_and_not_one_above_it(embedder: Embedder) -> No
         assert [embed(url, input=["step"] * count).status_code for count in (4, 5)] == [200, 413]
         halts = [{"rule": "ConvergeStop", "threshold": 0.9, "patience": patience} for patience in (8, 9)]
         assert [embed(url, input="a", halt=halt).status_code for halt in halts] == [200, 400]
+        fields = [{"rule": "FixedSteps", "max_steps": 1} | {f"unknown {n}": n for n in range(more)} for more in (6, 7)]
+        said = [embed(url, input="a", halt=halt).json()["error"]["message"] for halt in fields]
+        assert ["an object of plain values" in one for one in said] == [False, True]
+        assert [embed(url, input="a", steps=1, deadline_ms=ms).status_code for ms in (1e-3, 0)] == [200, 400]
         assert [embed(url, input="a", steps=steps).status_code for steps in (20, 21)] == [200, 400]
         assert int(embedder.tokenizer([words[longest]]).tokens[0]) > embedder.settings.max_length - 3
         assert embed(url, input=[words[longest], words[3]]).json()["error"]["message"].endswith("send several.")
@@ -302,7 +306,7 @@ def test_a_text_at_fault_is_named(url: str, embedder: Embedder, patch: Patch) ->
     assert response.json()["error"]["message"].startswith("text 1: the embedding is not finite")
 
 
-def test_a_deadline_that_passes_in_the_queue_is_503(embedder: Embedder, patch: Patch) -> None:
+def test_a_deadline_that_passes_in_the_queue_is_429_as_no_body_is_an_error_of_the_server(embedder: Embedder, patch: Patch) -> None:
     with served(embedder, limits=replace(LIMITS, batch_tokens=512 + 20)) as (url, service):  # one place
         held, answers = Held(embedder, patch), dict[str, httpx.Response]()
         bodies: dict[str, dict[str, Any]] = {"first": {"steps": 20}, "late": {"deadline_ms": 1}}
@@ -319,7 +323,8 @@ def test_a_deadline_that_passes_in_the_queue_is_503(embedder: Embedder, patch: P
         for one in clients.values():
             one.join(30)
         assert answers["first"].status_code == 200
-        assert (answers["late"].status_code, answers["late"].json()["error"]["code"]) == (503, "deadline_exceeded")
+        assert (answers["late"].status_code, answers["late"].json()["error"]["code"]) == (429, "deadline_exceeded")
+        assert answers["late"].headers["retry-after"] == "1"
 
 
 def test_a_client_that_never_finishes_its_request_is_told_so(url: str) -> None:
@@ -445,6 +450,47 @@ def test_a_full_queue_is_429_with_a_time_to_come_back_and_nothing_is_lost(
     assert service.live.queued_tokens == 0
 
 
+def test_a_full_queue_refuses_before_anything_is_tokenised(embedder: Embedder, patch: Patch) -> None:
+    with served(embedder, limits=replace(LIMITS, queue_tokens=3, batch_tokens=512 + 20)) as (url, service):
+        held, tokenised = Held(embedder, patch), list[int]()
+        waiting = [threading.Thread(target=lambda: embed(url, input="a", steps=1)) for _ in range(1 + 3)]
+        waiting[0].start()
+        assert held.reached.wait(30)
+        for one in waiting[1:]:
+            one.start()
+        until(lambda: service.live.queued_tokens == 3)
+        whole = service._tokenise
+        patch.setattr(service, "_tokenise", lambda texts, *others: (tokenised.append(len(texts)), whole(texts, *others))[1])
+        assert embed(url, input=["a", "b"]).status_code == 429
+        assert tokenised == []
+        held.free.set()
+        for one in waiting:
+            one.join(30)
+        assert embed(url, input=["a", "b"], steps=1).status_code == 200
+        assert tokenised == [2]
+
+
+def test_short_texts_are_tokenised_at_once_unless_the_tokenizer_is_at_work(server: tuple[str, Service], patch: Patch) -> None:
+    url, service = server
+    names, whole = list[str](), service._tokenise
+
+    def noted(*arguments: Any) -> Any:
+        names.append(threading.current_thread().name)
+        return whole(*arguments)
+
+    patch.setattr(service, "_tokenise", noted)
+    answers = [embed(url, input="a" * length, steps=1, truncate="right") for length in (SHORT_CHARACTERS, SHORT_CHARACTERS + 1)]
+    with service._tokenizer_is_used:
+        late = threading.Thread(target=lambda: answers.append(embed(url, input="a", steps=1)))
+        late.start()
+        assert httpx.get(f"{url}/health").status_code == 200  # the loop goes on
+        time.sleep(0.2)
+        assert len(answers) == 2
+    late.join(30)
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert [name.startswith("genembed-tokenizer") for name in names] == [False, True, True]
+
+
 def test_a_client_that_leaves_frees_its_rows(server: tuple[str, Service], embedder: Embedder, patch: Patch) -> None:
     url, service = server
     held = Held(embedder, patch)
@@ -493,7 +539,17 @@ def test_a_limit_that_the_models_own_rule_exceeds_is_refused(embedder: Embedder)
         Service(embedder, name=NAME, limits=Limits(steps=5))
 
 
+def test_as_many_steps_as_the_models_own_rule_needs_are_enough_and_one_fewer_is_not(embedder: Embedder) -> None:
+    steps = embedder.settings.halt.max_steps
+    assert Service(embedder, name=NAME, limits=Limits(steps=steps)).close(grace=10.0)
+    with pytest.raises(ConfigurationError, match=f"steps={steps - 1}"):
+        Service(embedder, name=NAME, limits=Limits(steps=steps - 1))
+
+
 def test_limits_that_cannot_hold_a_text_are_refused() -> None:
+    assert [Limits(batch_tokens=tokens).rows(512) for tokens in (532, 1_063, 1_064)] == [1, 1, 2]
+    with pytest.raises(ConfigurationError, match="batch_tokens=531: one text of 512 tokens and 20 steps needs 532"):
+        Limits(batch_tokens=531).rows(512)
     with pytest.raises(ConfigurationError, match="batch_tokens=100: one text of 512 tokens and 20 steps needs 532"):
         Limits(batch_tokens=100).rows(512)
     with pytest.raises(ConfigurationError, match="client_batch=0: must be at least 1"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import threading
 import time
@@ -18,8 +19,9 @@ from genembed import Budget, ConfigurationError, ConvergeStop, Embedder, FixedSt
 from genembed.backbone import Backbone
 from genembed.errors import InputError, NonFiniteError
 from genembed.halting import HaltingRule
+from genembed.packed import PackedRows
 from genembed.serve.live import ClosedError, DeadlineError, LiveEngine, OverloadedError
-from genembed.serve.queueing import Ticket
+from genembed.serve.queueing import Ticket, answers_of
 from genembed.serve.terms import MAX_PATIENCE, Terms
 
 TEXTS = [
@@ -187,6 +189,80 @@ def test_a_queue_that_is_full_refuses_a_request_whole_and_says_when_to_come_back
     gate.free()
     assert all(ticket.answer.result(PATIENCE_SECONDS).steps == 1 for ticket in [first, *fits])
     assert live.close(grace=PATIENCE_SECONDS)
+
+
+def test_a_queue_takes_what_fills_it_and_not_one_token_more(embedder: Embedder, patch: Patch) -> None:
+    gate = Gate(embedder.backbone, patch)
+    live = LiveEngine(embedder, max_rows=1, max_queue_tokens=10, max_steps=6)
+    asked(live, embedder, TEXTS[:1], FixedSteps(1))
+    until(lambda: live.under_way == 1)
+    terms = [Terms(rule=FixedSteps(1))]
+    live.submit([np.zeros(7, dtype=np.int64)], terms)
+    live.check_room(3)
+    for refuses in (lambda: live.check_room(4), lambda: live.submit([np.zeros(4, dtype=np.int64)], terms)):
+        with pytest.raises(OverloadedError, match="7 tokens are waiting, and 4 more do not fit into a queue of 10"):
+            refuses()
+    live.submit([np.zeros(3, dtype=np.int64)], terms)
+    gate.free()
+    assert live.close(grace=PATIENCE_SECONDS)
+
+
+def test_who_comes_while_a_prompt_is_read_is_read_with_all_others_after_the_next_step(embedder: Embedder, patch: Patch) -> None:
+    """Newcomers were read one after the other for as long as any came, and those under way stood still meanwhile."""
+    gate, live = Gate(embedder.backbone, patch), LiveEngine(embedder, max_rows=8, max_steps=6)
+    read, whole = list[list[int]](), PackedRows.admit
+
+    def noted(rows: PackedRows, prompts: list[Any]) -> None:
+        read.append([len(ids) for ids in prompts])
+        whole(rows, prompts)
+
+    patch.setattr(PackedRows, "admit", noted)
+    asked(live, embedder, TEXTS[:1], FixedSteps(2))
+    until(lambda: live.under_way == 1)
+    others = [asked(live, embedder, [text], FixedSteps(6))[0] for text in (*TEXTS, *TEXTS)][:7]
+    gate.let(2)  # the first prompt, and a step of it alone
+    assert live.steps_done == 0
+    assert len(read) == 1
+    gate.free()
+    wait([ticket.answer for ticket in others], PATIENCE_SECONDS)
+    assert read[1] == sorted(read[1], reverse=True), "the longest first: those of one length are read together"
+    assert len(read[1]) == 7
+    assert live.close(grace=PATIENCE_SECONDS)
+
+
+@pytest.mark.parametrize(("newcomers", "steps"), [(1, 2), (2, 1)])
+def test_newcomers_wait_a_step_more_where_they_are_few_beside_many(newcomers: int, steps: int, embedder: Embedder, patch: Patch) -> None:
+    gate, live = Gate(embedder.backbone, patch), LiveEngine(embedder, max_rows=8, max_steps=6)
+    passes_before, whole = list[int](), PackedRows.admit
+
+    def noted(rows: PackedRows, prompts: list[Any]) -> None:
+        passes_before.append(gate.passes)
+        whole(rows, prompts)
+
+    patch.setattr(PackedRows, "admit", noted)
+    many = asked(live, embedder, TEXTS[:5], FixedSteps(6))
+    until(lambda: live.under_way == 5)
+    few = asked(live, embedder, TEXTS[:newcomers], FixedSteps(6))
+    gate.free()
+    wait([ticket.answer for ticket in (*many, *few)], PATIENCE_SECONDS)
+    assert passes_before == [0, 1 + steps]
+    assert live.close(grace=PATIENCE_SECONDS)
+
+
+def test_a_request_is_over_with_its_first_failure_and_whoever_waits_need_not_be_there_any_more(embedder: Embedder) -> None:
+    tickets = [Ticket(np.zeros(1, dtype=np.int64), Terms(rule=FixedSteps(1))) for _ in range(3)]
+
+    async def waits() -> None:
+        waiting = asyncio.ensure_future(answers_of(tickets))
+        await asyncio.sleep(0)
+        tickets[1].answer.set_exception(MemoryError("second"))
+        with pytest.raises(MemoryError, match="second"):
+            await waiting
+
+    asyncio.run(waits())
+    tickets[0].answer.set_exception(MemoryError("first"))  # the loop is closed
+    with pytest.raises(MemoryError, match="first"):
+        tickets[0].answer.result()
 
 
 def test_a_request_that_an_empty_queue_cannot_hold_is_refused(embedder: Embedder) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class LimitOptions:
     """How much the server takes on."""
 
-    max_batch_tokens: Annotated[int, typer.Option(help="Positions of all texts under way, prompt and generated.")] = 16_384
+    max_batch_tokens: Annotated[int, typer.Option(help="Positions of all texts under way, prompt and generated.")] = 20_480
     max_queue_tokens: Annotated[int, typer.Option(help="Prompt tokens that may wait; more are refused with 429.")] = 262_144
     max_concurrent_requests: Annotated[int, typer.Option(help="Requests that may be open; more are refused with 429.")] = 512
     max_client_batch: Annotated[int, typer.Option(help="Texts in one request.")] = 2_048

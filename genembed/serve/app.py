@@ -7,7 +7,7 @@ import hmac
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,6 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import genembed
@@ -67,11 +66,12 @@ def create_app(
     # No pages of documentation: they load scripts from elsewhere.
     app = FastAPI(title="genembed", version=genembed.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service, app.state.metrics = service, Metrics(service.live)
-    _embedding_routes(app, service)
+    direct = _embedding_routes(app, service)
     _state_routes(app, service)
     _page_routes(app, service, explorer)
     app.add_exception_handler(HTTPException, _http_exception)
-    app.add_middleware(Guard, routes=app.router.routes, metrics=app.state.metrics, service=service, api_key=api_key)
+    paths = {getattr(route, "path", "") for route in app.router.routes}
+    app.add_middleware(Guard, paths=paths, direct=direct, metrics=app.state.metrics, service=service, api_key=api_key)
     return app
 
 
@@ -80,15 +80,19 @@ class Guard:
 
     Args:
         app: What it guards.
-        routes: To name a request's route in the metrics.
+        paths: Of all routes, to name a request's route in the metrics; none has a variable part.
+        direct: What answers POST on some paths, past `app`: its routing costs a request more than all that we do for it (docs/LOG.md).
         metrics: Where answers are counted.
         service: For its limits.
         api_key: The key, if one is asked for.
     """
 
-    def __init__(self, app: ASGIApp, *, routes: list[Any], metrics: Metrics, service: Service, api_key: str | None) -> None:
+    def __init__(
+        self, app: ASGIApp, *, paths: set[str], direct: Mapping[str, ASGIApp], metrics: Metrics, service: Service, api_key: str | None
+    ) -> None:
         self.app = app
-        self.routes = routes
+        self.paths = paths
+        self.direct = direct
         self.metrics = metrics
         self.service = service
         self.expected = None if api_key is None else f"Bearer {api_key}".encode()
@@ -99,7 +103,9 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begin, status, route = time.perf_counter(), 500, self._route(scope)
+        begin, status, path = time.perf_counter(), 500, scope["path"]
+        route = path if path in self.paths else "other"  # one label for all else that is asked for, so that nobody can make thousands
+        answering = self.direct.get(path, self.app) if scope["method"] == "POST" else self.app
 
         async def counted(message: Any) -> None:
             nonlocal status
@@ -110,9 +116,9 @@ class Guard:
         self.open += 1
         try:
             self._check(scope)
-            await self.app(scope, receive, counted)
+            await answering(scope, receive, counted)
         except Exception as error:  # noqa: BLE001 - every request is answered, in the shape its client reads
-            await answer_of(error, scope["path"])(scope, receive, counted)
+            await answer_of(error, path)(scope, receive, counted)
         finally:
             self.open -= 1
             self.metrics.requests.labels(route, str(status)).inc()
@@ -126,11 +132,6 @@ class Guard:
         most = self.service.limits.concurrent_requests
         if self.open > most and scope["method"] != "GET":  # whoever watches the server must see it when it is busy, too
             raise Failure(429, f"{most} requests are open already.", code="rate_limit_exceeded", retry_after=1)
-
-    def _route(self, scope: Scope) -> str:
-        """Return the path of a known route; whatever else is asked for is one label, so that nobody can make thousands."""
-        known = (route.path for route in self.routes if route.matches(scope)[0] is not Match.NONE)
-        return next(known, "other")
 
 
 def _is_page(scope: Scope) -> bool:
@@ -193,17 +194,26 @@ async def unless_gone(request: Request, work: Awaitable[Any]) -> Any:
     Raises:
         Failure: With status 499, if the client left.
     """
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+    worker, watch = asyncio.current_task(), asyncio.ensure_future(_disconnected(request))
+    assert worker is not None
+    done = left = False
+
+    def leave(_: object) -> None:
+        nonlocal left
+        if not done:
+            left = worker.cancel()
+
+    watch.add_done_callback(leave)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise Failure(CLIENT_GONE, "the client left.")
+        return await work
+    except asyncio.CancelledError:
+        if not left:
+            raise
+        worker.uncancel()
+        raise Failure(CLIENT_GONE, "the client left.") from None
     finally:
-        for one in (task, gone):
-            one.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await one
+        done = True
+        watch.cancel()
 
 
 async def _disconnected(request: Request) -> None:
@@ -211,14 +221,18 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _embedding_routes(app: FastAPI, service: Service) -> None:
-    """Add the routes that embed; each reads its own body, as no framework bounds its length and depth."""
+def _embedding_routes(app: FastAPI, service: Service) -> dict[str, ASGIApp]:
+    """Add the routes that embed, and return what answers them; each reads its own body, as no framework bounds its length and depth."""
+    direct: dict[str, ASGIApp] = {}
     for path, model in (
         ("/v1/embeddings", protocols.OpenAIRequest),
         ("/v2/embed", protocols.CohereRequest),
         ("/embed", protocols.TeiRequest),
     ):
-        app.add_api_route(path, _embeds(model, service), methods=["POST"], response_model=None, openapi_extra=_documented(model))
+        endpoint = _embeds(model, service)
+        app.add_api_route(path, endpoint, methods=["POST"], response_model=None, openapi_extra=_documented(model))
+        direct[path] = _application(endpoint)
+    return direct
 
 
 def _embeds(model: type[Any], service: Service) -> Callable[[Request], Awaitable[Response]]:
@@ -229,6 +243,14 @@ def _embeds(model: type[Any], service: Service) -> Callable[[Request], Awaitable
 
     embed.__doc__ = model.__doc__
     return embed
+
+
+def _application(endpoint: Callable[[Request], Awaitable[Response]]) -> ASGIApp:
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        response = await endpoint(Request(scope, receive))
+        await response(scope, receive, send)
+
+    return answer
 
 
 def _documented(model: type[Any]) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def failure_of(error: Exception) -> Failure:
     if isinstance(error, ClosedError):
         return Failure(503, str(error), code="shutting_down", retry_after=1)
     if isinstance(error, DeadlineError):
-        return Failure(503, str(error), code="deadline_exceeded", retry_after=1)
+        # The server is as it should be, and busier than this text's time allows: the same as a queue that is full.
+        return Failure(429, str(error), code="deadline_exceeded", retry_after=1)
     if isinstance(error, ValidationError):
         return _invalid(error)
     if isinstance(error, (InputError, ConfigurationError, TypeError)):

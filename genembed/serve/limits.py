@@ -11,7 +11,7 @@ from genembed.errors import ConfigurationError
 class Limits:
     """What a server accepts at a time, from one client and from all of them."""
 
-    batch_tokens: int = 16_384
+    batch_tokens: int = 20_480
     """Positions, prompt and generated, whose keys and values the decode batch may hold: how many texts are under way follows from it."""
     queue_tokens: int = 262_144
     """Prompt tokens that may wait; more are refused with 429 and a time to come back, or at once in one request with 400."""

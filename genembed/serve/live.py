@@ -25,6 +25,8 @@ IDLE_SECONDS = 0.5
 """Between two signs of life of an engine without work."""
 log = logging.getLogger("genembed.serve")
 
+_HELD_STEPS, _FEW = 1, 4
+"""Steps more that newcomers wait where as many times more texts are under way."""
 _RATE_SECONDS = 10.0
 """Over which the rate behind `retry_after` is measured."""
 
@@ -73,6 +75,7 @@ class LiveEngine:
         self._rows: dict[int, Ticket] = {}
         self._prompts: dict[int, TokenIds] = {}
         self._entering: list[int] = []
+        self._steps_since_read = 0
         self._finished: deque[tuple[float, int]] = deque()
         self._changed = threading.Condition()
         self._closing = self._stopped = False
@@ -90,19 +93,28 @@ class LiveEngine:
         """
         tickets = [Ticket(prompt, own) for prompt, own in zip(prompts, terms, strict=True)]
         tokens = sum(len(prompt) for prompt in prompts)
-        if tokens > self.max_queue_tokens:
-            raise InputError(f"the {tokens} tokens of this request do not fit into a queue of {self.max_queue_tokens}; send several.")
         with self._changed:
             if self._closing or not self._thread.is_alive():
                 raise ClosedError("the server is shutting down and takes no new texts.")
-            if self.queued_tokens + tokens > self.max_queue_tokens:
-                raise OverloadedError(
-                    f"{self.queued_tokens} tokens are waiting, and {tokens} more do not fit into a queue of {self.max_queue_tokens}.",
-                    retry_after=self._retry_after(),
-                )
+            self.check_room(tokens)
             self._queue.add(tickets)
             self._changed.notify()
         return tickets
+
+    def check_room(self, tokens: int) -> None:
+        """Refuse a request of so many tokens; of so many at least, it would be refused all the same once they are counted.
+
+        Raises:
+            InputError: If they would not even fit into an empty queue.
+            OverloadedError: If they would not fit into the queue now.
+        """
+        if tokens > self.max_queue_tokens:
+            raise InputError(f"the {tokens} tokens of this request do not fit into a queue of {self.max_queue_tokens}; send several.")
+        if self.queued_tokens + tokens > self.max_queue_tokens:
+            raise OverloadedError(
+                f"{self.queued_tokens} tokens are waiting, and {tokens} more do not fit into a queue of {self.max_queue_tokens}.",
+                retry_after=self._retry_after(),
+            )
 
     @property
     def queued_tokens(self) -> int:
@@ -167,11 +179,13 @@ class LiveEngine:
         self._admit()
         if not self._rows:
             return  # all that waited had left
+        entering = len(self._entering)
         try:
             refined = self._batch.turn(self._entering)
         except Exception as error:  # noqa: BLE001 - whatever goes wrong with one text must not end the service for the others
             self._recover(error)
         else:
+            self._steps_since_read = 0 if len(self._entering) < entering else self._steps_since_read + 1
             self._answer(refined)
         self.last_sign = time.monotonic()
 
@@ -187,15 +201,31 @@ class LiveEngine:
 
     def _admit(self) -> None:
         """Give waiting texts the free places, and let those go that nobody waits for."""
+        new: list[int] = []
         with self._changed:
             if self._leaving:
                 self._let_go()
-            free = [place for place in range(self.max_rows) if place not in self._rows]
-            while self._queue and free and self._may_enter(self._queue.first()):
-                self._enter(free.pop(0), self._queue.take())
+            if not self._wait_for_more():
+                free = [place for place in range(self.max_rows) if place not in self._rows]
+                while self._queue and len(new) < len(free) and self._may_enter(self._queue.first()):
+                    self._enter(free[len(new)], self._queue.take())
+                    new.append(free[len(new)])
             late = self._queue.drop_late(time.monotonic())
+        # The batch takes from the end: the longest first, as it reads prompts of one length together.
+        self._entering[:0] = sorted(new, key=lambda place: len(self._prompts[place]))
         for ticket in late:
             _fail(ticket, DeadlineError("the deadline passed while the text waited for a place; no step of it was done."))
+
+    def _wait_for_more(self) -> bool:
+        """Tell whether newcomers wait for a step of those under way, so that more of them can be read in one pass.
+
+        Reading a prompt alone costs as much as a step, and all rows under way stand still meanwhile; reading a few costs little more. So
+        there is a step between two readings, and one more where those who wait are few beside those who would stand still.
+        """
+        if not (self._rows and self._queue):
+            return False
+        few = self._queue.waiting * _FEW < len(self._rows)
+        return self._steps_since_read < (1 + _HELD_STEPS if few else 1)
 
     def _let_go(self) -> None:
         while self._leaving:
@@ -213,7 +243,6 @@ class LiveEngine:
     def _enter(self, place: int, ticket: Ticket) -> None:
         self._rows[place], self._prompts[place] = ticket, ticket.prompt
         self._terms.promise(place, ticket.terms)
-        self._entering.insert(0, place)
 
     def _answer(self, refined: Refined | None) -> None:
         if refined is None:

@@ -10,6 +10,7 @@ import numpy as np
 from fastapi import Response
 from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, WithJsonSchema
 
+from genembed import precision
 from genembed.errors import ConfigurationError
 from genembed.precision import OutputForm, Precision, check_dimensions
 from genembed.serve.failures import Failure, json_response
@@ -181,12 +182,12 @@ def form_of(service: Service, dimensions: Dimensions | None, name: str, *, kind:
     Raises:
         Failure: If the model cannot give it.
     """
-    embedder = service.embedder
+    embedder, hidden = service.embedder, service.dimensions
+    trained = embedder.settings.matryoshka_dims
     try:
         if dimensions is not None:
-            hidden, trained = embedder.get_embedding_dimension(), embedder.settings.matryoshka_dims
             check_dimensions(dimensions, hidden=hidden, trained=trained, name=name)
-        return embedder.form(_PRECISION[kind], dimensions)
+        return precision.form_of(_PRECISION[kind], dimensions, hidden=hidden, trained=trained, ranges=embedder.ranges)
     except ConfigurationError as error:
         raise Failure(400, str(error), param=name if kind in ("float", "base64") else "embedding_types") from None
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,6 +49,8 @@ class FairQueue:
         self.tokens = 0
         """Prompt tokens that wait."""
         self._requests: deque[deque[Ticket]] = deque()
+        self.waiting = 0
+        """Texts that wait."""
         self._hurried = 0
         """Texts that wait and have a deadline."""
 
@@ -97,9 +102,41 @@ class FairQueue:
         return [ticket for request in self._requests for ticket in request]
 
     def _note(self, ticket: Ticket) -> None:
+        self.waiting += 1
         self.tokens += len(ticket.prompt)
         self._hurried += ticket.terms.has_deadline
 
     def _forget(self, ticket: Ticket) -> None:
+        self.waiting -= 1
         self.tokens -= len(ticket.prompt)
         self._hurried -= ticket.terms.has_deadline
+
+
+async def answers_of(tickets: Sequence[Ticket]) -> list[Answer]:
+    """Wait for all texts of a request, or for the first that fails; the event loop is woken once for all of them.
+
+    Raises:
+        Exception: The error of the first text that failed.
+    """
+    loop = asyncio.get_running_loop()
+    over: asyncio.Future[Ticket | None] = loop.create_future()
+    counting, left = threading.Lock(), len(tickets)
+
+    def note(ticket: Ticket) -> None:
+        nonlocal left
+        failed = ticket.answer.cancelled() or ticket.answer.exception() is not None
+        with counting:
+            left -= 1
+            last = left == 0
+        if failed or last:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(settle, ticket if failed else None)
+
+    def settle(failed: Ticket | None) -> None:
+        if not over.done():
+            over.set_result(failed)
+
+    for ticket in tickets:
+        ticket.answer.add_done_callback(lambda _, ticket=ticket: note(ticket))  # type: ignore[misc]
+    failed = await over
+    return [ticket.answer.result() for ticket in (tickets if failed is None else [failed])]

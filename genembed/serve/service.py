@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from genembed.halting import ConvergeStop, FixedSteps, rule_from_json
 from genembed.serve.failures import Failure, failure_of
 from genembed.serve.limits import Limits
 from genembed.serve.live import ClosedError, LiveEngine, OverloadedError
-from genembed.serve.queueing import Ticket
+from genembed.serve.queueing import Ticket, answers_of
 from genembed.serve.terms import Terms
 from genembed.tokens import Tokenised
 
@@ -32,6 +33,9 @@ BARE = ("classification", "clustering", "separation", "text-matching")
 SILENT_SECONDS = 5.0
 """After which an engine that has given no sign of life counts as frozen."""
 _PROBE = "ready?"
+
+SHORT_CHARACTERS, SHORT_TEXTS = 2_000, 32
+"""What of a request is tokenised at once, in about a millisecond; more would hold up other connections."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,10 @@ class Service:
         )
         # A thread of its own: tokenising a long text must not hold up other connections, and tokenizers are not for several threads.
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="genembed-tokenizer")
+        self._tokenizer_is_used = threading.Lock()
+        tokenizer = embedder.tokenizer
+        self._fewest_tokens = max(1, len(tokenizer.before) + len(tokenizer.after))
+        self.dimensions = embedder.get_embedding_dimension()  # kept, as a configuration of Transformers is slow to ask
         self._closed = False
 
     async def embed(self, texts: Sequence[str], wish: Wish) -> Embedded:
@@ -106,12 +114,13 @@ class Service:
             terms, instruction = self._terms(wish), self._instruction(wish)
             if self._closed:
                 raise ClosedError("the server is shutting down and takes no new texts.")
-            tokenised = await asyncio.get_running_loop().run_in_executor(self._tokenising, self._tokenise, texts, instruction, wish)
+            self.live.check_room(len(texts) * self._fewest_tokens)
+            tokenised = await self._tokens(texts, instruction, wish)
             tickets = self.live.submit(tokenised.ids, [terms] * len(texts))
         except Exception as error:
             raise failure_of(error) from error
         try:
-            answers = await asyncio.gather(*(asyncio.wrap_future(ticket.answer) for ticket in tickets))
+            answers = await answers_of(tickets)
         except asyncio.CancelledError:
             self.live.leave(tickets)
             raise
@@ -147,7 +156,7 @@ class Service:
             "model_id": self.name,
             "model_dtype": str(self.embedder.backbone.dtype).removeprefix("torch."),
             "model_type": {"embedding": {"pooling": settings.pooling.kind}},
-            "dimensions": self.embedder.get_embedding_dimension(),
+            "dimensions": self.dimensions,
             "halt": repr(settings.halt),
             "max_input_length": settings.max_length,
             "max_batch_tokens": limits.batch_tokens,
@@ -205,6 +214,20 @@ class Service:
         raise ConfigurationError(
             f"{wish.purpose!r} is no purpose; known ones: {', '.join((*QUERY, *DOCUMENT, *BARE))}; or give an instruction."
         )
+
+    async def _tokens(self, texts: Sequence[str], instruction: str | None, wish: Wish) -> Tokenised:
+        """Tokenise a few short texts here, which takes less than waking a thread; others in the tokenizer's own."""
+        short = len(texts) <= SHORT_TEXTS and sum(map(len, texts)) + len(instruction or "") <= SHORT_CHARACTERS
+        if short and self._tokenizer_is_used.acquire(blocking=False):
+            try:
+                return self._tokenise(texts, instruction, wish)
+            finally:
+                self._tokenizer_is_used.release()
+        return await asyncio.get_running_loop().run_in_executor(self._tokenising, self._tokenise_alone, texts, instruction, wish)
+
+    def _tokenise_alone(self, texts: Sequence[str], instruction: str | None, wish: Wish) -> Tokenised:
+        with self._tokenizer_is_used:
+            return self._tokenise(texts, instruction, wish)
 
     def _tokenise(self, texts: Sequence[str], instruction: str | None, wish: Wish) -> Tokenised:
         tokenised = self.embedder.tokenizer(texts, instruction)
