@@ -146,6 +146,19 @@ def output_forms() -> str:
     return f"{source(path)}\n\n{table(['form', 'bytes a document', 'nDCG@10', 'to float32'], rows)}"
 
 
+def index_forms() -> str:
+    """What an index saves by a smaller form of its vectors, and what it finds then."""
+    path, result = stored("index-forms")
+    rows = []
+    for row in result["rows"]:
+        low, high = row["difference_95"]
+        found = [f"{row['ndcg@10']:.2f}", f"{low:+.2f} to {high:+.2f}", f"{100 * row['recall@10']:.1f} %"]
+        sizes = [str(row["bytes_vector"]), f"{row['bytes_folder'] / 1e6:.1f} MB"]
+        rows.append([f"`{row['form']}`", *sizes, *found, f"{row['milliseconds']:.0f} ms"])
+    heads = ["kept in", "bytes a vector", "whole folder", "nDCG@10", "to float32", "recall@10", "a search"]
+    return f"{source(path)}, {result['documents']:,} documents, {result['queries']} queries.\n\n{table(heads, rows)}"
+
+
 def jobs() -> str:
     """What corpus jobs lose, and what they take."""
     (kills_path, kills), (faults_path, faults) = stored("jobs-kills"), stored("jobs-faults")
@@ -193,6 +206,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "trained": trained,
     "calibration": calibration,
     "output_forms": output_forms,
+    "index_forms": index_forms,
     "jobs": jobs,
     "reliability": reliability,
     **SPEED,

@@ -6,7 +6,7 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,8 @@ from genembed.errors import ConfigurationError
 if TYPE_CHECKING:
     import genembed
     from genembed.index import Hit, Index
+    from genembed.index.known import KnownVectors
+    from genembed.precision import OutputForm
 
 _RANK = "rank"
 """Says for `--halt` that the index decides, and no file."""
@@ -42,6 +44,33 @@ class ChangeOptions:
             raise ConfigurationError(f"{' and '.join(given)} contradict each other; give one of them.")
         if self.prune and not self.update:
             raise ConfigurationError("--prune: says what an update does with old passages; give --update with it.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepOptions:
+    """The form an index keeps its vectors in."""
+
+    precision: Annotated[
+        Literal["float32", "float16", "int8", "binary"] | None,
+        typer.Option(
+            help="Numbers that are kept of the vectors; float32 if not given. int8 needs the model's ranges (genembed calibrate-ranges)."
+        ),
+    ] = None
+    dims: Annotated[int | None, typer.Option(help="Keep so many leading dimensions, of those the model was trained for.")] = None
+
+    def form(self, embedder: genembed.Embedder | KnownVectors) -> OutputForm | None:
+        """Return the form, refused before any text is embedded if the model cannot give it; None without an option."""
+        return None if self == KeepOptions() else embedder.form(self.precision or "float32", self.dims)
+
+    def check(self, index: Index) -> None:
+        """Refuse another form than that of an index that is there."""
+        kept = index.description.stored
+        for name, given, own in (
+            ("precision", self.precision, kept.precision),
+            ("dims", self.dims, kept.dimensions or index.description.dimensions),
+        ):
+            if given not in (None, own):
+                raise ConfigurationError(f"--{name} {given}: {index.folder} keeps {own}; leave it out, or build the index again.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +160,7 @@ def index(
     ] = None,
     as_json: Json = False,
     changing: ChangeOptions,
+    keeping: KeepOptions,
     loading: LoadOptions,
     refining: RefineOptions,
     reading: FileOptions,
@@ -145,17 +175,17 @@ def index(
 
     os.environ.setdefault("LANCE_INCLUDE_VECTOR_CENTROIDS", "false")  # else LanceDB warns of statistics that nobody has asked for
     if changing.delete is not None:
-        options = (loading, refining, reading) != (LoadOptions(), RefineOptions(), FileOptions())
+        options = (keeping, loading, refining, reading) != (KeepOptions(), LoadOptions(), RefineOptions(), FileOptions())
         _delete(output, changing.delete, unused=bool(paths or model or metadata or ann or options), as_json=as_json)
         return
     if from_shards is not None:
         options = (loading, refining, reading) != (LoadOptions(), RefineOptions(), FileOptions())
-        _merge(output, from_shards, changing, ann=ann, unused=bool(paths or model or metadata or options), as_json=as_json)
+        _merge(output, from_shards, changing, keeping, ann=ann, unused=bool(paths or model or metadata or options), as_json=as_json)
         return
     if not paths:
         raise ConfigurationError("there is nothing to index: name files or folders, or - for stdin.")
     if changing.update:
-        _update(output, paths, model, metadata or [], changing, loading, refining, reading, ann=ann, as_json=as_json)
+        _update(output, paths, model, metadata or [], changing, keeping, loading, refining, reading, ann=ann, as_json=as_json)
         return
     check_target(output, overwrite=changing.overwrite)
     passages = list(with_bar(read_passages(paths, **asdict(reading), metadata=metadata or []), "reading"))
@@ -168,15 +198,16 @@ def index(
         halt=refining.rule(embedder.settings),
         truncate=refining.truncate,
         ann=ann,
+        form=keeping.form(embedder),
         overwrite=changing.overwrite,
         show_progress_bar=True,
     )
-    summary = {"output": str(output), **asdict(built.description)}
-    line = "{output}: {rows} passages of {dimensions} dimensions, {steps:.2f} steps on average, {seconds:.1f} s".format(**summary)
-    print_result(summary, line + _recall(built), as_json=as_json)
+    made = built.description
+    line = f"{output}: {_kept(built)}, {made.steps:.2f} steps on average, {made.seconds:.1f} s"
+    print_result(_summary(output, built), line + _recall(built), as_json=as_json)
 
 
-def _merge(output: Path, job: Path, changing: ChangeOptions, *, ann: bool, unused: bool, as_json: bool) -> None:
+def _merge(output: Path, job: Path, changing: ChangeOptions, keeping: KeepOptions, *, ann: bool, unused: bool, as_json: bool) -> None:
     """Put the rows of a finished job into an index, new or there."""
     from genembed.cli.merging import read_shards
     from genembed.halting import rule_from_json
@@ -190,16 +221,17 @@ def _merge(output: Path, job: Path, changing: ChangeOptions, *, ann: bool, unuse
     rule, instruction = rule_from_json(description.origin["halt"]), description.identity["instruction"]
     if changing.update:
         merged = Index.open(output)
+        keeping.check(merged)
         if merged.description.instruction != instruction:
             made = merged.description.instruction
             raise ConfigurationError(f"{job}: its texts were embedded under {instruction!r}, and those of {output} under {made!r}.")
         done = merged.update(known, passages, halt=rule, ann=ann)
         line = f"{done.embedded} passages added, {done.unchanged} there before, {len(merged)} now"
     else:
-        merged = Index.build(output, known, passages, instruction=instruction, halt=rule, ann=ann, overwrite=changing.overwrite)
-        line = f"{len(merged)} passages of {merged.description.dimensions} dimensions"
-    summary = {"output": str(output), **asdict(merged.description)}
-    print_result(summary, f"{output}: {line}" + _recall(merged), as_json=as_json)
+        form = keeping.form(known)
+        merged = Index.build(output, known, passages, instruction=instruction, halt=rule, ann=ann, form=form, overwrite=changing.overwrite)
+        line = _kept(merged)
+    print_result(_summary(output, merged), f"{output}: {line}" + _recall(merged), as_json=as_json)
 
 
 def _delete(output: Path, where: str, *, unused: bool, as_json: bool) -> None:
@@ -221,6 +253,7 @@ def _update(
     model: str | None,
     metadata: list[str],
     changing: ChangeOptions,
+    keeping: KeepOptions,
     loading: LoadOptions,
     refining: RefineOptions,
     reading: FileOptions,
@@ -231,6 +264,7 @@ def _update(
     from genembed.index import Index, read_passages
 
     changed = Index.open(output)
+    keeping.check(changed)
     made = changed.description
     if metadata and set(metadata) != set(made.metadata):
         known = " ".join(made.metadata) or "none"
@@ -252,9 +286,22 @@ def _update(
         ann=ann,
         show_progress_bar=True,
     )
-    summary = {"output": str(output), **asdict(done), **asdict(changed.description)}
+    summary = {**asdict(done), **_summary(output, changed)}
     line = "{output}: {embedded} passages embedded, {copied} copied, {moved} moved, {removed} removed, {unchanged} as they were; {rows} now"
     print_result(summary, line.format(**summary) + _recall(changed), as_json=as_json)
+
+
+def _summary(output: Path, index: Index) -> dict[str, Any]:
+    """Return what `--json` says of an index: its description without the bounds of every dimension."""
+    kept = index.description.stored
+    form = {"precision": kept.precision, "dimensions": kept.dimensions or index.description.dimensions}
+    return {"output": str(output), **asdict(index.description), "stored": form}
+
+
+def _kept(index: Index) -> str:
+    kept = index.description.stored
+    numbers = "" if kept.precision == "float32" else f" in {kept.precision}"
+    return f"{len(index)} passages of {kept.dimensions or index.description.dimensions} dimensions{numbers}"
 
 
 def _recall(index: Index) -> str:

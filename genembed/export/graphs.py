@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.pytorch_utils import Conv1D
 
 from genembed.attention import ATTENTION_NAME, attend
 from genembed.backbone import Backbone
@@ -55,6 +57,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     scale, window, softcap = (kwargs.get(name) for name in ("scaling", "sliding_window", "softcap"))
     mixed = kept.attend(query, key, value, scale=scale, window=window, softcap=softcap)
+    # The exporter takes the sizes after `unflatten` for those of the traced batch; those of the query it knows to change.
+    mixed = mixed.reshape(query.shape)
     return mixed.transpose(1, 2).contiguous(), None
 
 
@@ -66,13 +70,24 @@ AttentionMaskInterface.register(EXPORT_ATTENTION, sdpa_mask)
 def traceable(backbone: Backbone) -> Iterator[None]:
     """Let a backbone read through `TensorCache`, and give it its own attention back afterwards."""
     parts: list[Any] = list({id(part): part for part in (backbone.base, backbone.stepper)}.values())
+    products: list[Any] = [module for part in parts for module in part.modules() if isinstance(module, Conv1D)]
     try:
         for part in parts:
             part.set_attn_implementation(EXPORT_ATTENTION)
+        for product in products:
+            product.forward = partial(_product, product)
         yield
     finally:
         for part in parts:
             part.set_attn_implementation(ATTENTION_NAME)
+        for product in products:
+            vars(product).pop("forward", None)
+
+
+def _product(module: Any, states: Float[Tensor, "rows length hidden"]) -> Float[Tensor, "rows length out"]:
+    """Do what a linear layer of GPT-2 does; its own `forward` puts the sizes of the traced batch into the graph."""
+    mixed: Tensor = states @ module.weight + module.bias
+    return mixed
 
 
 def _read(part: nn.Module, embeddings: Tensor, positions: Tensor, kept: TensorCache) -> Float[Tensor, "rows length hidden"]:

@@ -77,7 +77,11 @@ def check_exportable(model: Loaded, *, quantised: bool) -> None:
     if backbone.device.type != "cpu":
         raise ConfigurationError(f"device={backbone.device}: graphs are traced on the CPU; load the model with device='cpu'.")
     if backbone.dtype == torch.bfloat16:
-        raise ConfigurationError("dtype=bfloat16: onnxruntime cannot run it on a CPU; choose float32, float16 or int8.")
+        raise ConfigurationError(
+            "dtype=bfloat16: onnxruntime has no bfloat16 products for a CPU, so the graphs would not run. Weights that are stored in "
+            "bfloat16 are exported from float32: genembed convert MODEL OUT --to onnx --dtype float32, or float16 or int8 for smaller "
+            "files; in Python load the model with dtype='float32'."
+        )
     if quantised and backbone.dtype != torch.float32:
         raise ConfigurationError(f"int8 is made from float32 weights, and these are {backbone.dtype}; load the model with dtype='float32'.")
     if settings.parallel_passes:
@@ -145,7 +149,8 @@ def _export(
 ) -> None:
     """Trace a graph.
 
-    With Torch's older exporter: the newer one needs onnxscript, and what is traced here has no branch that could be lost.
+    With Torch's tracing exporter: what is traced here has no branch that could be lost, and the newer exporter gives the same states in
+    many times the time (docs/LOG.md).
     """
     try:
         torch.onnx.export(
@@ -156,7 +161,10 @@ def _export(
 
 
 def _quantise(path: Path) -> None:
-    """Write the products of linear layers in 8 bits, in place; the soft token is made in the precision it has."""
+    """Write the products of linear layers in 8 bits, in place; the soft token is made in the precision it has.
+
+    Unsigned weights: processors without VNNI add two products of an unsigned and a signed byte in 16 bits, which overflow.
+    """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quiet():
@@ -165,7 +173,7 @@ def _quantise(path: Path) -> None:
             path,
             op_types_to_quantize=["MatMul", "Gemm"],
             per_channel=True,
-            weight_type=QuantType.QInt8,
+            weight_type=QuantType.QUInt8,
             nodes_to_exclude=_products_of_the_vocabulary(path),
             use_external_data_format=True,
         )

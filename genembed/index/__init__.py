@@ -35,7 +35,9 @@ from genembed.index.known import KnownVectors
 from genembed.index.passages import Passage, docstring_passage, read_passages
 from genembed.index.plan import SHOWN_COLUMNS, plan_update
 from genembed.index.rows import contents, kept_rows
+from genembed.index.stored import Stored
 from genembed.index.table import Hit
+from genembed.precision import OutputForm
 
 __all__ = [
     "DESCRIPTION_FILE",
@@ -97,6 +99,7 @@ class Index:
         halt: HaltingRule | None = None,
         truncate: Literal["right", "error"] = "right",
         ann: bool = False,
+        form: OutputForm | None = None,
         overwrite: bool = False,
         show_progress_bar: bool = False,
     ) -> Index:
@@ -110,6 +113,7 @@ class Index:
             halt: When a text is finished; the model's own rule if None.
             truncate: Cut texts that are too long from the right, or refuse them (`error`).
             ann: Make an approximate index of the vectors as well, for many texts; its recall is measured and noted.
+            form: In which the vectors are kept, as `embedder.form("int8")`; all dimensions in float32 if None.
             overwrite: Replace the index that is there; nobody else may be changing it.
             show_progress_bar: Show a bar on stderr when the work takes more than a second.
 
@@ -121,6 +125,7 @@ class Index:
         instruction = settings.document_instruction if instruction is None else instruction
         folder = Path(folder)
         check_target(folder, overwrite=overwrite)
+        stored = Stored.of(form, ann=ann)
         with tables.alone(folder), replacing_folder(folder) as temporary:
             begin = time.perf_counter()
             with _naming(passages):
@@ -132,7 +137,7 @@ class Index:
                     show_progress_bar=show_progress_bar,
                 )
             seconds = time.perf_counter() - begin
-            table = tables.create_table(temporary, tables.arrow_table(passages, done.vectors, done.steps, done.truncated))
+            table = tables.create_table(temporary, tables.arrow_table(passages, stored(done.vectors), done.steps, done.truncated))
             description = Description(
                 dimensions=embedder.get_embedding_dimension(),
                 halt=repr(settings.halt if halt is None else halt),
@@ -140,6 +145,7 @@ class Index:
                 fingerprint=fingerprint(embedder),
                 seconds=seconds,
                 approximation=make_approximation(table) if ann else None,
+                stored=stored,
                 **contents(table),
                 **origin(embedder.source),
             )
@@ -213,6 +219,7 @@ class Index:
             self._check_changeable()
             self.check(embedder)
             self._check_rule(embedder.settings.halt if halt is None else halt)
+            self.description.stored.check_approximation(ann)
             types = tables.metadata_types(self._table)
             stored = tables.read_columns(self._table, [*SHOWN_COLUMNS, *types]).to_pydict()
             plan = plan_update(stored, passages, metadata=list(types), prune=map(str, prune), unread=map(str, unread))
@@ -229,7 +236,7 @@ class Index:
             seconds = time.perf_counter() - begin
             if plan or ann:
                 rows = [
-                    tables.arrow_table(new, done.vectors, done.steps, done.truncated, types=types),
+                    tables.arrow_table(new, self.description.stored(done.vectors), done.steps, done.truncated, types=types),
                     *kept_rows(self._table, plan, passages, types),
                 ]
                 self._change([*plan.moved.values(), *plan.gone], [part for part in rows if len(part)], seconds=seconds, ann=ann)
@@ -302,15 +309,15 @@ class Index:
         """
         self._check_query(vector, k)
         with tables.answering(self.folder, where):
-            found = tables.hybrid(
-                self._table, vector, query, k, where=where, approximate=self._approximate(exact=exact), columns=self._shown
-            )
+            approximate, stored = self._approximate(exact=exact), self.description.stored
+            found = tables.hybrid(self._table, vector, query, k, where=where, approximate=approximate, columns=self._shown, stored=stored)
         return self._hits(found, found["_relevance_score"].to_pylist())
 
     def _nearest(self, vector: np.ndarray, k: int, *, where: str | None, exact: bool, columns: Sequence[str]) -> Any:
         self._check_query(vector, k)
         with tables.answering(self.folder, where):
-            return tables.nearest(self._table, vector, k, where=where, approximate=self._approximate(exact=exact), columns=columns)
+            approximate, stored = self._approximate(exact=exact), self.description.stored
+            return tables.nearest(self._table, vector, k, where=where, approximate=approximate, columns=columns, stored=stored)
 
     def _hits(self, found: Any, scores: Sequence[float]) -> list[Hit]:
         own, kept = [name for name in self._shown if name not in self.description.metadata], self.description.metadata

@@ -9,6 +9,7 @@ from lancedb.index import HnswSq
 
 from genembed.errors import ConfigurationError
 from genembed.index.description import Approximation
+from genembed.index.stored import Stored
 from genembed.index.table import nearest
 
 _KIND = "IVF_HNSW_SQ"
@@ -44,4 +45,4 @@ def measured(table: Any) -> Approximation:
 
 
 def _neighbours(table: Any, vector: np.ndarray, *, approximate: bool) -> set[int]:
-    return set(nearest(table, vector, _NEIGHBOURS, where=None, approximate=approximate, columns=[])["_rowid"].to_pylist())
+    return set(nearest(table, vector, _NEIGHBOURS, where=None, approximate=approximate, columns=[], stored=Stored())["_rowid"].to_pylist())

@@ -12,6 +12,7 @@ from typing import Any
 from genembed.errors import CheckpointError, ConfigurationError
 from genembed.files import replacing
 from genembed.index.passages import Passage
+from genembed.index.stored import Stored
 from genembed.settings import ModelSettings
 
 DESCRIPTION_FILE = "genembed-index.json"
@@ -61,6 +62,8 @@ class Description:
     """Columns that were kept beside the texts, and their types."""
     approximation: Approximation | None = None
     """The approximate index of the vectors; None where every vector is compared."""
+    stored: Stored = field(default_factory=Stored)
+    """How the vectors are kept."""
     version: int | None = None
     """Version of the table that this describes; what a killed update wrote is a later one. None in an index that was never one of
     several."""
@@ -86,6 +89,7 @@ def read_description(folder: Path) -> Description:
         version = value.pop("format_version", None)
         if value.get("approximation") is not None:
             value["approximation"] = Approximation(**value["approximation"])
+        value["stored"] = Stored.from_json(value.get("stored", {}))
         description = Description(**value)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise damaged(folder, error) from error

@@ -13,8 +13,9 @@ from jaxtyping import Bool, Float, Int
 from genembed.embedder import Refinement
 from genembed.errors import ConfigurationError
 from genembed.halting import HaltingRule
+from genembed.precision import OutputForm, Precision, form_of
 from genembed.settings import ModelSettings
-from genembed.source import Source
+from genembed.source import Source, ranges_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class KnownVectors:
     def get_embedding_dimension(self) -> int:
         """Return the length of a vector."""
         return int(self.vectors.shape[1])
+
+    def form(self, precision: Precision = "float32", truncate_dim: int | None = None) -> OutputForm:
+        """Return the form vectors are kept in, as `Embedder.form` does."""
+        trained = self.settings.matryoshka_dims
+        return form_of(precision, truncate_dim, hidden=self.get_embedding_dimension(), trained=trained, ranges=ranges_of(self.source))
 
     def refine(
         self,

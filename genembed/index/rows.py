@@ -32,7 +32,8 @@ def kept_rows(table: Any, plan: Plan, passages: Sequence[Passage], types: Mappin
     for number, row in source.items():
         keeps = number in plan.moved and not passages[number].metadata
         new.append(replace(passages[number], metadata={name: old[row][name] for name in types}) if keeps else passages[number])
-    vectors = np.asarray([old[row]["vector"] for row in source.values()], dtype=np.float32)
+    kept = table.schema.field("vector").type.value_type.to_pandas_dtype()
+    vectors = np.asarray([old[row]["vector"] for row in source.values()], dtype=kept)
     steps, truncated = (np.asarray([old[row][name] for row in source.values()]) for name in ("steps", "truncated"))
     yield arrow_table(new, vectors, steps, truncated, types=types)
 

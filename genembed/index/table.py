@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from genembed.errors import ConfigurationError, InputError, missing_extra
 from genembed.index.description import DESCRIPTION_FILE, damaged
 from genembed.index.metadata import OWN_COLUMNS
 from genembed.index.passages import Passage
+from genembed.index.stored import Stored, nearest_codes
 
 try:
     import lancedb
@@ -80,7 +81,7 @@ def writable_table(folder: Path, version: int | None) -> Any:
 
 def arrow_table(
     passages: Sequence[Passage],
-    vectors: Float[np.ndarray, "texts hidden"],
+    vectors: Shaped[np.ndarray, "texts codes"],
     steps: Int[np.ndarray, "texts"],
     truncated: Bool[np.ndarray, "texts"],
     *,
@@ -90,7 +91,7 @@ def arrow_table(
 
     Args:
         passages: The texts.
-        vectors: Their embeddings.
+        vectors: Their embeddings, in the form the index keeps them in.
         steps: Refinement steps done for each.
         truncated: Which of them lost their end.
         types: Types of the columns of metadata, if they are decided; otherwise they are what the values are.
@@ -103,7 +104,7 @@ def arrow_table(
         name: pyarrow.array([getattr(passage, name) for passage in passages], type=pyarrow.string())
         for name in ("reference", "summary", "text", "path", "kind", "content_hash")
     }
-    flat = pyarrow.array(np.ascontiguousarray(vectors).reshape(-1), type=pyarrow.float32())
+    flat = pyarrow.array(np.ascontiguousarray(vectors).reshape(-1))
     columns["vector"] = pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
     columns["steps"] = pyarrow.array(steps, type=pyarrow.int32())
     columns["truncated"] = pyarrow.array(truncated)
@@ -139,10 +140,19 @@ def read_columns(table: Any, names: Sequence[str]) -> Any:
 
 
 def nearest(
-    table: Any, vector: Float[np.ndarray, "hidden"], k: int, *, where: str | None, approximate: bool, columns: Sequence[str]
+    table: Any,
+    vector: Float[np.ndarray, "hidden"],
+    k: int,
+    *,
+    where: str | None,
+    approximate: bool,
+    columns: Sequence[str],
+    stored: Stored,
 ) -> Any:
     """Return the rows whose vectors have the highest cosine with a query's, best first, with `_distance` and `_rowid`."""
-    query = table.search(vector.astype(np.float32)).distance_type("cosine").limit(k).select([*columns, "_distance"]).with_row_id(True)
+    if stored.coded:
+        return nearest_codes(table, stored, vector, k, where=where, columns=columns)
+    query = table.search(stored.query(vector)).distance_type("cosine").limit(k).select([*columns, "_distance"]).with_row_id(True)
     query = query.refine_factor(_REFINED) if approximate else query.bypass_vector_index()
     return (query if where is None else query.where(where)).to_arrow()
 
@@ -162,13 +172,14 @@ def hybrid(
     where: str | None,
     approximate: bool,
     columns: Sequence[str],
+    stored: Stored,
 ) -> Any:
     """Return the rows that come first when the lists by cosine and by BM25 are joined, with `_relevance_score` and `_rowid`.
 
     score = sum over the lists of 1 / (60 + rank)        (Cormack and others 2009, reciprocal rank fusion)
     """
     wide = max(k, _FUSED)
-    by_vector = nearest(table, vector, wide, where=where, approximate=approximate, columns=columns)
+    by_vector = nearest(table, vector, wide, where=where, approximate=approximate, columns=columns, stored=stored)
     by_words = lexical(table, text, wide, where=where, columns=columns)
     return RRFReranker().rerank_hybrid(text, by_vector, by_words).slice(0, k)
 
