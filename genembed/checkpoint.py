@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from genembed.backbone import Backbone, SoftTokenHead
 from genembed.errors import CheckpointError, ConfigurationError, NonFiniteError
-from genembed.source import HEAD_FILE, Source, read_json
+from genembed.source import ADAPTER_CONFIG, HEAD_FILE, Source, read_json
 from genembed.tokens import PromptTokenizer, naming_panics
 from genembed.verify import verify
 
@@ -179,8 +179,8 @@ def check_adapter(config: dict[str, Any], name: str) -> None:
         plain = re.sub(r"\\.", "_", pattern, flags=re.DOTALL)  # what is escaped repeats nothing
         if re.search(r"\)[*+{]", plain) or len(re.findall(r"[*+{]", plain)) > _REPETITIONS:
             raise CheckpointError(
-                f"{name}: the pattern {pattern!r:.80} repeats a group, or has more than {_REPETITIONS} repetitions, and could take for ever "
-                "to match; name the layers in a list."
+                f"{name}: the pattern {pattern!r:.80} repeats a group, or has more than {_REPETITIONS} repetitions, and could take for "
+                "ever to match; name the layers in a list."
             )
 
 
