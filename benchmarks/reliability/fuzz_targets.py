@@ -240,7 +240,8 @@ class _Server:
 
     async def _served(self, content: bytes) -> None:
         wire, state = _Wire(), ServerState()
-        protocol: Any = self.config.http_protocol_class(config=self.config, server_state=state, app_state={}, _loop=self.loop)  # type: ignore[operator]
+        connect: Any = self.config.http_protocol_class
+        protocol = connect(config=self.config, server_state=state, app_state={}, _loop=self.loop)
         protocol.connection_made(wire)
         for part in (content[: len(content) // 2], content[len(content) // 2 :]):
             if not wire.closed:

@@ -14,7 +14,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
-import atheris  # type: ignore[import-not-found, unused-ignore]
+import atheris
 
 with atheris.instrument_imports(include=["genembed"]):
     import campaign  # noqa: F401 - puts what benchmarks and tests share on the path
