@@ -95,7 +95,7 @@ class FixedSteps:
         """Check the value."""
         if not _is_int(self.steps) or not 0 <= self.steps <= MOST_STEPS:
             raise ConfigurationError(
-                f"FixedSteps(steps={self.steps!r:.80}): the number of steps must be an integer from 0 to {MOST_STEPS}."
+                f"FixedSteps(steps={self.steps!r:.80}): the number of steps must be an integer of at least 0, and at most {MOST_STEPS}."
             )
 
     @property
@@ -140,7 +140,9 @@ class ConvergeStop:
             raise ConfigurationError(f"threshold={self.threshold!r:.80}: a cosine above -1 is needed, for example 0.998.")
         for name in ("patience", "min_steps", "max_steps"):
             if not _is_int(getattr(self, name)) or not 1 <= getattr(self, name) <= MOST_STEPS:
-                raise ConfigurationError(f"{name}={getattr(self, name)!r:.80}: an integer from 1 to {MOST_STEPS} is needed.")
+                raise ConfigurationError(
+                    f"{name}={getattr(self, name)!r:.80}: an integer of at least 1 is needed, and at most {MOST_STEPS}."
+                )
         if self.min_steps > self.max_steps:
             raise ConfigurationError(
                 f"min_steps={self.min_steps} is above max_steps={self.max_steps}: no text could ever halt by the rule."
