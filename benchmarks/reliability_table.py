@@ -10,7 +10,7 @@ from results_file import newest, source
 
 ORDER = (
     *("batch-invariance", "boundary-lengths", "bad-requests", "overload", "cancellation", "drain", "fault-isolation"),
-    *("killed-jobs", "killed-training", "hostile-folders", "certificates", "soak", "soak-control"),
+    *("killed-jobs", "killed-training", "hostile-folders", "coverage-fuzzing", "certificates", "soak", "soak-control"),
 )
 """Rows, as they are shown; one that has not been run is left out."""
 

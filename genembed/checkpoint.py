@@ -21,13 +21,16 @@ from transformers.utils import logging as transformers_logging
 
 from genembed.backbone import Backbone, SoftTokenHead
 from genembed.errors import CheckpointError, ConfigurationError, NonFiniteError
-from genembed.source import HEAD_FILE, Source, read_json
+from genembed.source import ADAPTER_CONFIG, HEAD_FILE, Source, read_json
 from genembed.tokens import PromptTokenizer, naming_panics
 from genembed.verify import verify
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+_REPETITIONS = 5
+"""So many of one character each, over names of layers, take a second at most."""
 
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _FEW_LAYERS = 1_000
@@ -155,6 +158,40 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(table): table})
 
 
+def check_adapter(config: dict[str, Any], name: str) -> None:
+    """Refuse an adapter's configuration that could open other files, change the number of layers, or hold up whoever loads it.
+
+    Other kinds than LoRA name further files, pickles among them. Patterns are matched with the name of every layer, and Python's
+    matching takes exponential time where what is repeated repeats something itself.
+
+    Args:
+        config: What `adapter_config.json` holds.
+        name: Of that file, for the message.
+
+    Raises:
+        CheckpointError: With the reason.
+    """
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{name}: peft_type is {config.get('peft_type')!r:.80}; only LoRA adapters are read ('LORA').")
+    if config.get("layer_replication"):
+        raise CheckpointError(f"{name}: layer_replication repeats layers, which is not supported; merge the adapter into its base first.")
+    for pattern in _patterns(config):
+        plain = re.sub(r"\\.", "_", pattern, flags=re.DOTALL)  # what is escaped repeats nothing
+        if re.search(r"\)[*+{]", plain) or len(re.findall(r"[*+{]", plain)) > _REPETITIONS:
+            raise CheckpointError(
+                f"{name}: the pattern {pattern!r:.80} repeats a group, or has more than {_REPETITIONS} repetitions, and could take for "
+                "ever to match; name the layers in a list."
+            )
+
+
+def _patterns(config: dict[str, Any]) -> list[str]:
+    """Return what PEFT takes for regular expressions."""
+    fields = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern", "target_parameters")
+    values = [config.get(name) for name in fields]
+    several = [[value] if isinstance(value, str) else value for value in values if isinstance(value, (str, list, dict))]
+    return [pattern for own in several for pattern in own if isinstance(pattern, str)]
+
+
 def attach_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = False) -> Any:
     """Put a LoRA adapter into a model, beside its weights, and return PEFT's model of the two.
 
@@ -172,6 +209,7 @@ def attach_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = F
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
+    check_adapter(read_json(adapter / ADAPTER_CONFIG), str(adapter / ADAPTER_CONFIG))
     try:
         with quiet(), warnings.catch_warnings(record=True):
             warnings.simplefilter("always")
@@ -179,7 +217,9 @@ def attach_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = F
             stored = set(load_file(adapter / ADAPTER_WEIGHTS))
             # Not `auto`, PEFT's default: that asks the hub for the base model's config.json.
             expected = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a configuration that lies fails anywhere in PEFT: re.error, OverflowError, IndexError, ...
         raise CheckpointError(
             f"{adapter}: does not fit the base model {model.config.name_or_path!r}; was it trained over another one? ({error})"
         ) from error

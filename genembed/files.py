@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from jaxtyping import Bool, Int, Shaped
 from tqdm import tqdm
 
 from genembed.errors import ConfigurationError, InputError, missing_extra
-from genembed.records import TEXT_COLUMN, Columns, Record, json_object
+from genembed.records import BATCH_ROWS, TEXT_COLUMN, Columns, Record, allow_long_fields, bounded_lines, json_object, plain_rows
 
 STANDARD_STREAM = "-"
 """Stands for stdin as a source and for stdout as a target."""
@@ -75,7 +76,8 @@ def _read_file(path: Path, file_format: str, text_column: str | None, id_column:
     columns = _columns(file_format, text_column, id_column)
     try:
         with path.open("rb") as file:
-            yield from _READERS[file_format](file, str(path), columns)
+            rows = file if file_format == "parquet" else bounded_lines(file, str(path))
+            yield from _READERS[file_format](rows, str(path), columns)
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
@@ -84,8 +86,9 @@ def _read_stream(stream: Binary, file_format: str | None, text_column: str | Non
     if file_format == "parquet":
         lines: Any = io.BytesIO(stream.read())
     else:
-        first = stream.readline()
-        lines = chain([first] if first else [], stream)
+        following = bounded_lines(stream, "stdin")
+        first = next(following, b"")
+        lines = chain([first] if first else [], following)
         file_format = file_format or ("jsonl" if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"{") else "txt")
     yield from _READERS[file_format](lines, "stdin", _columns(file_format, text_column, id_column))
 
@@ -141,7 +144,7 @@ def _read_jsonl(lines: Iterable[bytes], name: str, columns: Columns) -> Iterator
 
 
 def _read_csv(lines: Iterable[bytes], name: str, columns: Columns) -> Iterator[Record]:
-    limit = csv.field_size_limit(sys.maxsize)  # the module refuses fields above 128 KiB otherwise
+    allow_long_fields()
     reader = csv.reader(decoded_lines(lines, name), strict=True)
     try:
         header = next(reader, None)
@@ -161,8 +164,6 @@ def _read_csv(lines: Iterable[bytes], name: str, columns: Columns) -> Iterator[R
             line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{name}, line {reader.line_num}: not valid CSV: {error}.") from error
-    finally:
-        csv.field_size_limit(limit)
 
 
 def _read_parquet(file: Any, name: str, columns: Columns) -> Iterator[Record]:
@@ -172,8 +173,8 @@ def _read_parquet(file: Any, name: str, columns: Columns) -> Iterator[Record]:
         columns.check(table.schema_arrow.names, name)
         wanted = [column for column in (columns.text, columns.id) if column is not None]
         number = 0
-        for batch in table.iter_batches(columns=wanted):
-            for row in batch.to_pylist():
+        for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
+            for row in plain_rows(batch, name):
                 yield columns.record(row, number, line=number + 1, place=f"{name}, row {number}")
                 number += 1
     except (arrow.ArrowException, UnicodeDecodeError) as error:
@@ -229,9 +230,9 @@ def replacing(path: Path) -> Iterator[Binary]:
     Raises:
         ConfigurationError: If the file cannot be made.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
-        file = temporary.open("wb")
+        file = temporary.open("xb")  # never through a link, or into a file, that somebody else has put there
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be written: {error.strerror or error}; choose another place.") from error
     try:
@@ -253,7 +254,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         ConfigurationError: If the folder cannot be made; the one above it must be there.
     """
     path = path.resolve()  # "." has no name to put another one beside
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    staged = _beside(path)
     try:
         staged.mkdir()
     except OSError as error:
@@ -305,6 +306,11 @@ def recover_all(folder: Path) -> None:
     """Bring back every folder in this one that a killed `publish` had moved aside."""
     for aside in folder.glob(f"{_ASIDE}*"):
         recover(folder / aside.name.removeprefix(_ASIDE))
+
+
+def _beside(path: Path) -> Path:
+    """Return a name in the same folder that nobody can have taken before."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def _aside(final: Path) -> Path:

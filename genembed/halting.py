@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -11,6 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from genembed.errors import ConfigurationError
+
+MOST_STEPS = 10_000
+"""More steps, of a text or stable ones in a row, are a slip or meant to harm: a settings file could keep a machine busy for days."""
 
 NOT_MEASURED = -1.0
 """Stands in `Progress.similarity` for a cosine that does not exist yet; below any useful threshold."""
@@ -89,8 +93,10 @@ class FixedSteps:
 
     def __post_init__(self) -> None:
         """Check the value."""
-        if not _is_int(self.steps) or self.steps < 0:
-            raise ConfigurationError(f"FixedSteps(steps={self.steps!r}): the number of steps must be an integer of at least 0.")
+        if not _is_int(self.steps) or not 0 <= self.steps <= MOST_STEPS:
+            raise ConfigurationError(
+                f"FixedSteps(steps={self.steps!r:.80}): the number of steps must be an integer of at least 0, and at most {MOST_STEPS}."
+            )
 
     @property
     def max_steps(self) -> int:
@@ -130,11 +136,13 @@ class ConvergeStop:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if not isinstance(self.threshold, (int, float)) or not self.threshold > NOT_MEASURED:
-            raise ConfigurationError(f"threshold={self.threshold!r}: a cosine above -1 is needed, for example 0.998.")
+        if not is_number(self.threshold) or not self.threshold > NOT_MEASURED:
+            raise ConfigurationError(f"threshold={self.threshold!r:.80}: a cosine above -1 is needed, for example 0.998.")
         for name in ("patience", "min_steps", "max_steps"):
-            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
-                raise ConfigurationError(f"{name}={getattr(self, name)!r}: an integer of at least 1 is needed.")
+            if not _is_int(getattr(self, name)) or not 1 <= getattr(self, name) <= MOST_STEPS:
+                raise ConfigurationError(
+                    f"{name}={getattr(self, name)!r:.80}: an integer of at least 1 is needed, and at most {MOST_STEPS}."
+                )
         if self.min_steps > self.max_steps:
             raise ConfigurationError(
                 f"min_steps={self.min_steps} is above max_steps={self.max_steps}: no text could ever halt by the rule."
@@ -172,6 +180,13 @@ def rule_from_json(value: Mapping[str, Any]) -> FixedSteps | ConvergeStop:
         return _RULES[name](**fields)
     except TypeError as error:
         raise ConfigurationError(f"halting rule {name}: {error}") from None
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a settings file is a number that a float can hold; JSON knows whole ones of thousands of digits."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return isinstance(value, float) or abs(value) <= sys.float_info.max
 
 
 def _is_int(value: object) -> bool:

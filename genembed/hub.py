@@ -122,7 +122,7 @@ def _check_base_is_public(folder: Path) -> None:
 def _licence(source: Source) -> str | None:
     """Return the licence that the card in the model's own folder names; none is made up."""
     card = (source.adapter or source.base) / "README.md"
-    lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines() if card.is_file() else []
     if not lines or lines[0] != "---" or "---" not in lines[1:]:
         return None
     front = lines[1 : lines.index("---", 1)]

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from genembed.errors import ConfigurationError
-from genembed.halting import NOT_MEASURED, Progress
+from genembed.halting import NOT_MEASURED, Progress, is_number
 
 PoolingKind = Literal["generated", "last", "mean"]
 
@@ -40,9 +40,9 @@ class Pooling:
             raise ConfigurationError(f"pool_prompt_state=True has no effect with pooling={self.kind!r}; leave it out.")
         if self.prompt_weight != 1.0 and self.kind != "mean":
             raise ConfigurationError(f"prompt_weight={self.prompt_weight} has no effect with pooling={self.kind!r}; leave it out.")
-        if self.kind == "mean" and not self.prompt_weight > 0:
+        if self.kind == "mean" and not (is_number(self.prompt_weight) and self.prompt_weight > 0):
             raise ConfigurationError(
-                f"prompt_weight={self.prompt_weight!r}: must be positive; for a weight of zero use pooling='generated'."
+                f"prompt_weight={self.prompt_weight!r:.80}: must be positive; for a weight of zero use pooling='generated'."
             )
 
     @property

@@ -87,7 +87,7 @@ def ranges_from_json(value: Mapping[str, Any], *, source: str) -> dict[int, Rang
         )
     try:
         result = {int(dims): Ranges(_row(pair["minimum"]), _row(pair["maximum"])) for dims, pair in value["dimensions"].items()}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{source}: not ranges as genembed calibrate-ranges writes them: {error}") from error
     wrong = next((dims for dims, own in result.items() if len(own) != dims), None)
     if wrong is not None:

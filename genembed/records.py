@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from genembed.errors import InputError
+
+ROW_BYTES = 64 << 20
+"""Longest line, or field of a CSV file, that is read: more is a file of another kind, or a few compressed bytes meant to fill memory."""
+BATCH_ROWS = 128
+"""Rows of a Parquet file that are in memory at a time: a value that is stored once may stand in every one of them."""
 
 TEXT_COLUMN = "text"
 """Column of the text where none is named."""
@@ -69,6 +75,51 @@ class Columns:
         if not isinstance(identifier, (str, int)) or isinstance(identifier, bool) or not is_unicode(str(identifier)):
             raise InputError(f"{place}: column {self.id!r} holds {identifier!r:.80}; an id is a string or an integer.")
         return Record(str(identifier), text, line)
+
+
+def bounded_lines(stream: Any, name: str) -> Iterator[bytes]:
+    """Yield the lines of an open file of bytes, each with its line end.
+
+    Args:
+        stream: What is read; of its methods `read` alone, as not every file system's files have a `readline` with a limit.
+        name: For the message.
+
+    Raises:
+        InputError: If a line is longer than any row may be; the message has its number.
+    """
+    rest, number = b"", 0
+    while block := stream.read(_BLOCK):
+        *lines, rest = (rest + block).split(b"\n")
+        yield from (line + b"\n" for line in lines)
+        number += len(lines)
+        if len(rest) > ROW_BYTES:
+            raise InputError(f"{name}, line {number + 1}: is longer than {ROW_BYTES >> 20} MiB, which is no row of texts; cut it.")
+    if rest:
+        yield rest
+
+
+_BLOCK = 1 << 20
+
+
+def allow_long_fields() -> None:
+    """Let the csv module read fields as long as a row may be; it refuses those above 128 KiB by itself.
+
+    Its limit is one for the whole process: put back after a file, it would be taken from another that is still being read.
+    """
+    csv.field_size_limit(max(csv.field_size_limit(), ROW_BYTES))
+
+
+def plain_rows(batch: Any, name: str) -> list[dict[str, Any]]:
+    """Return a batch of a Parquet file as Python values by column.
+
+    Raises:
+        InputError: If one has no place in Python, such as a date in the year 30,000.
+    """
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"{name}: cannot be read as Parquet: {error}") from error
+    return rows
 
 
 def json_object(content: str, place: str) -> dict[str, Any]:

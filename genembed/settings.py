@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from genembed.errors import ConfigurationError
-from genembed.halting import ConvergeStop, FixedSteps, HaltingRule, rule_from_json, rule_to_json
+from genembed.halting import ConvergeStop, FixedSteps, HaltingRule, is_number, rule_from_json, rule_to_json
 from genembed.pooling import Pooling
 from genembed.prompt import GIRCSE_TEMPLATE, LASER_TEMPLATE, PromptTemplate
 from genembed.soft_token import check_temperature
@@ -92,6 +92,8 @@ class ModelSettings:
             raise ConfigurationError(f"max_length={self.max_length!r}: a whole number of tokens is needed.")
         if not isinstance(self.parallel_passes, int) or isinstance(self.parallel_passes, bool) or self.parallel_passes < 0:
             raise ConfigurationError(f"parallel_passes={self.parallel_passes!r}: a whole number is needed; 0 refines step by step.")
+        if not is_number(self.temperature):
+            raise ConfigurationError(f"temperature={self.temperature!r:.80}: a number is needed.")
         dims = self.matryoshka_dims
         if not isinstance(dims, tuple) or not all(type(one) is int and one > 0 for one in dims) or list(dims) != sorted(set(dims)):
             raise ConfigurationError(f"matryoshka_dims={dims!r}: ascending numbers of dimensions are needed, such as [64, 128].")

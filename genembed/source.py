@@ -26,6 +26,8 @@ _HUB_DOUBLES = ["consolidated*", "*/*"]
 """The same weights once more, in another layout."""
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 """What a model folder may be made of."""
+RECORD_FILES = ["history.csv", "README.md"]
+"""What a folder may hold beside that is read or copied: the training's curves, the card."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,9 @@ def _folder(path_or_id: str | Path, *, offline: bool) -> Path:
     """Turn a name, a path or a hub id into a local folder."""
     if str(path_or_id) in BUILTIN:
         return Path(str(resources.files("genembed") / "builtin" / str(path_or_id)))
-    folder = Path(path_or_id).expanduser()
+    folder = Path(os.path.expanduser(path_or_id))  # noqa: PTH111 - Path.expanduser raises for a user that is not there
     if os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
-        _check_links(folder)
+        _check_files(folder)
         return folder
     if os.path.lexists(folder) or folder.is_absolute() or str(path_or_id).count("/") != 1 or str(path_or_id).startswith("."):
         raise CheckpointError(
@@ -125,14 +127,19 @@ def _download(repo_id: str, *, offline: bool) -> Path:
         ) from error
 
 
-def _check_links(folder: Path) -> None:
-    """Refuse a model file that is a link out of its folder: saved or uploaded, the file it points to would go with the model.
+def _check_files(folder: Path) -> None:
+    """Refuse a model file that is no plain file, or is a link out of its folder.
 
-    The hub's own cache keeps its files in `blobs` beside the snapshots, and links to them.
+    A pipe would be waited for without end, and what a link points to would go with the model where that is saved or uploaded. The hub's
+    own cache keeps its files in `blobs` beside the snapshots, and links to them.
     """
     whole = folder.resolve()
     inside = [whole, *([whole.parents[1] / "blobs"] if whole.parent.name == "snapshots" else [])]
-    for path in (path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_symlink()):
+    for path in (path for pattern in (*MODEL_FILES, *RECORD_FILES) for path in folder.glob(pattern)):
+        if not path.is_symlink():
+            if not path.is_file():
+                raise CheckpointError(f"{path}: is no plain file, which everything in a model folder has to be; take it away.")
+            continue
         target = Path(os.path.realpath(path))  # Path.resolve raises for a link to itself
         if not os.path.isfile(target) or not any(target.is_relative_to(place) for place in inside):  # noqa: PTH113 - no error for a loop
             raise CheckpointError(
@@ -211,14 +218,25 @@ def _check_base(adapter: Path, base: Path) -> None:
 def _packaged_base(own: dict[str, Any]) -> Path | None:
     """Return the folder of a base model that is an installed Python package, if there is one."""
     package = own.get("package")
-    spec = util.find_spec(package) if isinstance(package, str) and package.isidentifier() else None
-    if spec is None or spec.origin is None:
-        return None
-    root = Path(spec.origin).parent.resolve()
-    folder = (root / str(own.get("folder", "."))).resolve()
+    try:
+        spec = util.find_spec(package) if isinstance(package, str) and package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations or spec.origin is None:
+            return None  # a module that is no package has no folder
+        root = Path(spec.origin).parent.resolve()
+        folder = (root / str(own.get("folder", "."))).resolve()
+        there = folder.is_dir()
+    except (ValueError, OSError) as error:  # a module without a specification, a name with a zero byte or of thousands of letters
+        raise CheckpointError(
+            f"base: package {package!r:.80} and folder {own.get('folder')!r:.80} name no place: {error!s:.200}"
+        ) from error
     if not folder.is_relative_to(root):
         raise CheckpointError(f"base folder {own.get('folder')!r} lies outside the package {package}.")
-    return folder if folder.is_dir() else None
+    return folder if there else None
+
+
+def _is_shard(name: object) -> bool:
+    """Whether an index of weights names a file that may be read: of its own folder, and never a pickle."""
+    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
 
 
 def _check_weights(folder: Path) -> None:
@@ -229,9 +247,9 @@ def _check_weights(folder: Path) -> None:
         raise CheckpointError(f"{folder}: no config.json, so this is not a model folder.")
     for index in folder.glob("*.safetensors.index.json"):
         shards = read_json(index).get("weight_map")
-        outside = [name for name in shards.values() if Path(str(name)).name != name] if isinstance(shards, dict) else [str(shards)]
-        if outside:
-            raise CheckpointError(f"{index}: names {outside[0]!r}, which is outside the model folder; a shard is a plain file name.")
+        wrong = [name for name in shards.values() if not _is_shard(name)] if isinstance(shards, dict) else [str(shards)]
+        if wrong:
+            raise CheckpointError(f"{index}: names {wrong[0]!r:.200}, which is no safetensors file of this folder; no other one is read.")
     if any(folder.glob("*.safetensors")):
         return
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))

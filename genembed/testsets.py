@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -121,7 +122,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for line, text in _lines(path):
         try:
             row = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits are no JSONDecodeError
             raise DataError(f"{path}, line {line}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {line}: an object is needed, not {text.strip()[:80]}.")
@@ -132,7 +133,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig") as file:
             yield from ((number, text) for number, text in enumerate(file, start=1) if text.strip())
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 

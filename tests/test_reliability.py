@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,49 @@ def test_every_row_has_its_place_in_the_table(benchmarks: Path) -> None:
     order = importlib.import_module("reliability_table").ORDER
     assert {*names, "killed-jobs"} == set(order)
     assert len(names) == len(set(names)) == len(order) - 1
+
+
+def test_every_row_has_a_short_form_among_these_tests(benchmarks: Path) -> None:
+    scripts = {path.stem for path in (benchmarks / "reliability").glob("*.py") if "ROW = Row(" in path.read_text()}
+    tests = Path(__file__).read_text()
+    assert [script for script in sorted(scripts) if f'"{script}"' not in tests] == []
+
+
+TARGETS = ("objects", "model-folder", "job-files", "texts", "pages", "http-heads", "http-bodies")
+
+
+@pytest.mark.usefixtures("untyped_caller")
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_reads_bytes_from_outside_ends_in_our_errors_alone(name: str) -> None:
+    """The short form of coverage_fuzzing, without atheris: sound inputs, and some changed at random."""
+    targets = importlib.import_module("fuzz_targets")
+    assert tuple(targets.names()) == TARGETS
+    with tempfile.TemporaryDirectory() as place:
+        fuzzed, rng = targets.made(name, Path(place)), random.Random(0)
+        try:
+            for number in range(24 if name == "model-folder" else 100):
+                content = bytearray(fuzzed.seeds[number % len(fuzzed.seeds)])
+                for _ in range(0 if number < len(fuzzed.seeds) else rng.choice((1, 1, 3))):
+                    at = rng.randrange(len(content))
+                    content[at : at + rng.choice((0, 1, 1, 20))] = rng.choice((b"", b"\0", b'"', b"[", b"9" * 400, rng.randbytes(3)))
+                targets.tried(fuzzed.one, bytes(content))
+        finally:
+            fuzzed.close()
+
+
+def test_a_fuzzer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = importlib.import_module("coverage_fuzzing")
+    monkeypatch.setattr(row.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install atheris"):
+        row.run(1, 0)
+
+
+@pytest.mark.slow
+def test_the_fuzzer_runs_and_counts(campaign: Any, tmp_path: Path) -> None:
+    pytest.importorskip("atheris", reason="atheris is not installed: pip install atheris")
+    tally = campaign.Tally()
+    importlib.import_module("coverage_fuzzing").fuzz("objects", 3, 0, tmp_path, tally)
+    nothing_wrong(tally, 100)
 
 
 @pytest.mark.usefixtures("untyped_caller")

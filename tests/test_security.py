@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import re
+import socket
 import tomllib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,35 +52,109 @@ def test_behind_a_key_every_route_and_method_is_refused_but_the_pages_files(embe
         assert client.get(f"{url}/health", headers={"authorization": f"Bearer {KEY}"}).status_code == 200
 
 
-def test_logs_and_counters_hold_neither_texts_nor_keys(
+SOUND: dict[str, dict[str, Any]] = {
+    "/v1/embeddings": {"model": NAME, "input": TEXT, "instruction": TEXT, "steps": 1},
+    "/v2/embed": {"model": NAME, "texts": [TEXT], "input_type": "query", "steps": 1},
+    "/embed": {"inputs": TEXT},
+    "/explore": {"text": TEXT, "instruction": TEXT, "steps": 1},
+}
+"""A request of each route that takes texts, with a text that must not be seen again."""
+
+
+def _posts(routes: Sequence[Any]) -> dict[str, list[str]]:
+    """Return the routes that are posted to, with the fields that each documents."""
+    posts = {route.path: route.openapi_extra for route in routes if "POST" in route.methods}
+    return {path: list(extra["requestBody"]["content"]["application/json"]["schema"]["properties"]) for path, extra in posts.items()}
+
+
+def _bodies(sound: dict[str, Any], fields: Sequence[str]) -> Iterator[bytes]:
+    """Yield a sound body, bodies with the text in the place of every value, and bodies that are none."""
+    yield json.dumps(sound).encode()
+    for name in (*fields, TEXT):
+        for value in (TEXT, [TEXT, {TEXT: 1}]):
+            yield json.dumps({**sound, name: value}).encode()
+    yield json.dumps({**sound, "padding": TEXT * 2_000}).encode()
+    yield from (
+        f'{{"{TEXT}'.encode(),
+        f'["{TEXT}"]'.encode(),
+        TEXT.encode("utf-16"),
+        b"[" * 2_000 + TEXT.encode(),
+        b'"\xff' + TEXT.encode(),
+    )
+
+
+def _ask_everything(client: httpx.Client, posts: dict[str, list[str]]) -> Counter[int]:
+    """Send the text, and the key where it does not belong, by every way there is; return how often each status came."""
+    found: Counter[int] = Counter()
+    for path, fields in posts.items():
+        for body in _bodies(SOUND[path], fields):
+            found[client.post(path, content=body, headers={"content-type": "application/json"}).status_code] += 1
+        for headers in (
+            {"content-type": TEXT},
+            {"content-type": "application/json", "content-encoding": "gzip"},
+            {"authorization": KEY + "x"},
+        ):
+            found[client.post(path, content=json.dumps(SOUND[path]), headers=headers).status_code] += 1
+        found[client.get(path, params={"text": TEXT, "key": KEY}).status_code] += 1
+    for path in (f"/{TEXT}", f"/{KEY}", f"/explore/{TEXT}", f"/?{TEXT}", f"/health?{TEXT}"):
+        found[client.get(path, headers={"x-text": TEXT}).status_code] += 1
+    return found
+
+
+def _bytes_to(url: str, content: bytes) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection, suppress(OSError):
+        connection.sendall(content)
+        connection.recv(1_000)
+
+
+def _broken(kind: type[Exception]) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> torch.Tensor:
+        raise kind("a kernel failed")
+
+    return fail
+
+
+def test_logs_and_counters_hold_neither_texts_nor_keys_by_any_route_and_error(
     embedder: Embedder, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    with served(embedder, api_key=KEY) as (url, _), httpx.Client(headers={"authorization": f"Bearer {KEY}"}) as client:
-
-        def post(**fields: Any) -> int:
-            return client.post(
-                f"{url}/v1/embeddings", json={"model": NAME, "input": TEXT, "instruction": TEXT, "steps": 1, **fields}
-            ).status_code
-
-        assert [post(), post(steps=99), post(model=TEXT), post(input=[TEXT, 1]), post(halt={"rule": TEXT})] == [200, 400, 404, 400, 400]
-        assert client.get(f"{url}/{TEXT}").status_code == 404
-        assert httpx.post(f"{url}/embed", json={"inputs": TEXT}, headers={"authorization": f"Bearer {KEY}x"}).status_code == 401
-        assert client.post(f"{url}/explore", json={"text": TEXT, "steps": 1}).status_code == 200
-
-        def broken(*_: Any, **__: Any) -> torch.Tensor:
-            raise RuntimeError("a kernel failed")
-
+    limits = Limits(client_batch=8, request_bytes=1 << 16)
+    with (
+        served(embedder, api_key=KEY, limits=limits) as (url, service),
+        httpx.Client(base_url=url, headers={"authorization": f"Bearer {KEY}"}, timeout=60) as client,
+    ):
+        posts = _posts(create_app(service).router.routes)
+        assert posts.keys() == SOUND.keys(), "a new route: say what a sound request of it is"
+        found = _ask_everything(client, posts)
+        assert {200, 400, 401, 404, 413, 415} <= found.keys()
+        assert not [status for status in found if status >= 500]
+        for fault in (_broken(RuntimeError), _broken(MemoryError), _broken(ValueError), lambda *_, **__: torch.full((1, 32), torch.nan)):
+            for name in ("forward_packed", "forward"):
+                with monkeypatch.context() as patch:
+                    patch.setattr(embedder.backbone, name, fault)
+                    for path, sound in SOUND.items():
+                        found[client.post(path, json=sound).status_code] += 1
         with monkeypatch.context() as patch:
-            patch.setattr(embedder.backbone, "forward_packed", broken)
-            assert post() == 500
-        counters = client.get(f"{url}/metrics").text
+            patch.setattr(service.embedder.tokenizer, "_encode", _broken(RuntimeError))
+            found[client.post("/embed", json=SOUND["/embed"]).status_code] += 1
+        assert found[500] > 10
+        for content in (
+            TEXT.encode(),
+            f"GET /{TEXT} HTTP/9\r\n{KEY}: {TEXT}\r\n\r\n".encode(),
+            b"GET / HTTP/1.1\r\n" + TEXT.encode() * 5_000,
+        ):
+            _bytes_to(url, content)
+        for sound in SOUND.values():  # a client that leaves
+            body = json.dumps(sound).encode()
+            _bytes_to(url, b"POST /embed HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (len(body) + 5) + body)
+        counters = client.get("/metrics").text
     ours = "\n".join(
         f"{record.name} {record.getMessage()} {record.exc_text}" for record in caplog.records if not record.name.startswith("http")
     )
     everything = ours + counters + "".join(capfd.readouterr())
     assert "a kernel failed" in everything
-    for secret in (KEY, TEXT, TEXT.replace(" ", "%20")):
+    for secret in (KEY, TEXT, TEXT[:20], TEXT.replace(" ", "%20"), TEXT.replace(" ", "+")):
         assert secret not in everything
 
 

@@ -99,7 +99,10 @@ def test_through_sentence_transformers(folder: Path, alone: tuple[np.ndarray, np
         warnings.simplefilter("ignore")
         model = sentence_transformers.SentenceTransformer(str(tmp_path / "converted"), trust_remote_code=True, device="cpu")
         found = model.encode(list(TEXTS), batch_size=3)
+        each = model.encode(list(TEXTS), batch_size=4, output_value=None)
     np.testing.assert_allclose(found, alone[0], atol=FLOAT32)
+    assert [int(one["steps"]) for one in each] == alone[1].tolist()
+    np.testing.assert_allclose(np.stack([one["sentence_embedding"].cpu().numpy() for one in each]), alone[0], atol=FLOAT32)
 
 
 def test_mini_takes_the_same_steps_on_every_python_and_processor() -> None:

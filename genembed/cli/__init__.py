@@ -26,6 +26,7 @@ from genembed.cli.embedding import embed, info
 from genembed.cli.evaluating import evaluate
 from genembed.cli.jobs import app as jobs
 from genembed.cli.mining import mine
+from genembed.cli.output import printable
 from genembed.cli.searching import demo, index, search
 from genembed.cli.serving import serve
 from genembed.cli.speaking import tokens
@@ -81,12 +82,12 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _fail(message: str) -> int:
-    typer.echo(f"genembed: {' '.join(message.split())}", err=True)
+    typer.echo(f"genembed: {printable(' '.join(message.split()))}", err=True)
     return 2
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    typer.echo(f"genembed: warning: {message}", err=True)
+    typer.echo(f"genembed: warning: {printable(str(message))}", err=True)
 
 
 @app.callback(invoke_without_command=True)

@@ -15,6 +15,11 @@ _WIDTH = 140
 """Of a table, in characters, where no terminal says how wide it is."""
 
 
+def printable(text: str) -> str:
+    """Return a text whose control characters are written out: what comes from files of others must not give orders to a terminal."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else letter.encode("unicode_escape").decode() for letter in text)
+
+
 def print_json(value: Mapping[str, Any]) -> None:
     """Print one JSON object on one line."""
     typer.echo(json.dumps(value, ensure_ascii=False, default=repr))  # a halting rule prints as it is made

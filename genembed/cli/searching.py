@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from genembed.cli.options import FileOptions, Json, LoadOptions, Model, RefineOptions, command
-from genembed.cli.output import print_json, print_result, with_bar
+from genembed.cli.output import print_json, print_result, printable, with_bar
 from genembed.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -349,5 +349,5 @@ def search(
         print_json({"query": query, "steps": steps, "seconds": seconds, "hits": [asdict(hit) for hit in hits]})
         return
     for hit in hits:
-        typer.echo(f"{hit.score:6.3f}  {hit.reference}\n        {hit.summary}")
+        typer.echo(printable(f"{hit.score:6.3f}  {hit.reference}\n        {hit.summary}"))
     typer.echo(f"{len(hits)} of {len(found_in)} passages, {steps} steps, {1000 * seconds:.0f} ms", err=True)

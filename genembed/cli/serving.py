@@ -103,8 +103,12 @@ def _open(folder: Path) -> Index:
     return Index.open(folder)
 
 
+_KEY_BYTES = 4_096
+
+
 def _key(path: Path) -> str:
-    key = path.read_text(encoding="utf-8").strip()
-    if not key or not key.isascii() or any(letter.isspace() for letter in key):
+    with path.open("rb") as file:
+        key = file.read(_KEY_BYTES + 1).decode("ascii", "replace").strip()
+    if not 0 < len(key) <= _KEY_BYTES or not (key.isascii() and key.isprintable()) or " " in key:
         raise ConfigurationError(f"--api-key-file {path}: one line of printable ASCII without spaces is needed.")
     return key

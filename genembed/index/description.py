@@ -91,7 +91,7 @@ def read_description(folder: Path) -> Description:
             value["approximation"] = Approximation(**value["approximation"])
         value["stored"] = Stored.from_json(value.get("stored", {}))
         description = Description(**value)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(folder, error) from error
     if version != FORMAT_VERSION:
         raise ConfigurationError(f"{path}: format_version {version!r} is not {FORMAT_VERSION}; build the index again with --overwrite.")

@@ -34,12 +34,15 @@ def html_paragraphs(content: bytes, name: str) -> Iterator[tuple[int, str]]:
     blocks = _BLOCKS | soup.builder.DEFAULT_BLOCK_ELEMENTS
     block: Any = None
     line, parts = 1, list[str]()
+    nearest = {id(soup): soup}  # block around each element; looked up at each text, a page of nested elements would take for ever
     for node in soup.descendants:
         if node.name in _CELLS:
             parts.append(" ")
+        if node.name is not None:
+            nearest[id(node)] = node if node.name in blocks else nearest[id(node.parent)]
         if type(node) is not text_type:  # comments, scripts and styles are of other types
             continue
-        around = next((parent for parent in node.parents if parent.name in blocks), soup)
+        around = nearest[id(node.parent)]
         if around is not block:
             if "".join(parts).strip():
                 yield line, _clean(parts)

@@ -14,7 +14,7 @@ from typing import Any
 
 from genembed.errors import ConfigurationError, InputError, missing_extra
 from genembed.files import STANDARD_STREAM, decoded_lines, read_texts
-from genembed.records import Record
+from genembed.records import Record, plain_rows
 
 try:
     import pyarrow
@@ -112,7 +112,7 @@ def _csv_rows(path: Path, names: Sequence[str]) -> Iterator[Row]:
 def _parquet_rows(path: Path, names: Sequence[str]) -> Iterator[Row]:
     table = parquet.ParquetFile(path)
     for batch in table.iter_batches(columns=[name for name in names if name in table.schema_arrow.names]):
-        rows = batch.to_pylist()
+        rows = plain_rows(batch, str(path))
         yield from rows or [{}] * batch.num_rows
 
 

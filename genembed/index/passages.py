@@ -167,6 +167,8 @@ def _files(folder: Path, unlisted: dict[str, str]) -> Iterator[Path]:
 
 
 def _file_passages(path: Path) -> Iterator[Passage]:
+    if path.exists() and not path.is_file():
+        raise ConfigurationError(f"{path}: is no plain file, and a pipe or device may have no end; leave it out.")
     try:
         content = path.read_bytes()
     except FileNotFoundError:

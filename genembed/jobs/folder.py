@@ -136,9 +136,12 @@ class JobFolder:
         path = self.rejects_file(index)
         try:
             with path.open(encoding="utf-8") as file:
-                yield from map(json.loads, file)
-        except (OSError, ValueError) as error:
+                rows = [json.loads(line) for line in file]
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: is damaged: {error}") from error
+        if not all(isinstance(row, dict) and isinstance(row.get("number"), int) for row in rows):
+            raise CheckpointError(f"{path}: is damaged: a line is no rejected row.")
+        yield from rows
 
 
 class Receipts:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from genembed.errors import InputError, missing_extra
-from genembed.records import Columns
+from genembed.records import BATCH_ROWS, Columns, plain_rows
 
 Stream = Any
 """An open file of bytes: every file system and every compression has a class of its own for it."""
@@ -55,10 +55,10 @@ def parquet_rows(
             rows = file.metadata.row_group(group).num_rows
             if first < stop and first + rows > start:
                 place = first
-                for batch in file.iter_batches(row_groups=[group], columns=wanted):
+                for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=wanted):
                     skipped = min(max(start - place, 0), batch.num_rows)
                     part = batch.slice(skipped, max(min(batch.num_rows, stop - place) - skipped, 0))
-                    yield from enumerate(part.to_pylist(), start=place + skipped)
+                    yield from enumerate(plain_rows(part, name), start=place + skipped)
                     place += batch.num_rows
             first += rows
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from lzma import LZMAError
 from typing import Any
 
 from genembed.errors import ConfigurationError, JobError, missing_extra
@@ -42,7 +44,7 @@ class InputFile:
         try:
             with fsspec.open(self.url, "rb", compression=self._compression) as file:
                 yield file
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error, LZMAError) as error:
             raise JobError(f"{self.url}: cannot be read: {error}. What is done is kept; go on with the same command.") from error
 
     def sha256(self) -> str:

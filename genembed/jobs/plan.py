@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from genembed.errors import CheckpointError, ConfigurationError, InputError
 from genembed.jobs.formats import CsvLines, parquet_rows, row_bytes
-from genembed.jobs.inputs import InputFile
-from genembed.records import Columns, json_object
+from genembed.jobs.inputs import FORMATS, InputFile
+from genembed.jobs.storage import made_of
+from genembed.records import Columns, allow_long_fields, bounded_lines, json_object
 
 FORMAT_VERSION = 1
 """Of the plan's file; a reader refuses another one."""
+_FILE = Path("plan.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,16 +82,39 @@ class Plan:
         try:
             if value["format_version"] != FORMAT_VERSION:
                 raise CheckpointError(f"plan.json: format_version {value['format_version']!r} is not {FORMAT_VERSION}.")
-            return cls(
-                files=tuple(InputFile(**file) for file in value["files"]),
+            plan = cls(
+                files=tuple(made_of(InputFile, file, _FILE) for file in value["files"]),
                 hashes=tuple(value["hashes"]),
                 headers=tuple(map(tuple, value["headers"])),
-                columns=Columns(**value["columns"]),
+                columns=made_of(Columns, value["columns"], _FILE),
                 shard_rows=value["shard_rows"],
-                shards=tuple(Shard(**{**one, "spans": tuple(Span(**span) for span in one["spans"])}) for one in value["shards"]),
+                shards=tuple(_shard(one) for one in value["shards"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"plan.json: is damaged ({error!r}); start the job in another folder.") from error
+            raise CheckpointError(f"plan.json: is damaged ({error!r:.200}); start the job in another folder.") from error
+        if not plan.holds_together:
+            raise CheckpointError(
+                "plan.json: is damaged: its files, shards and rows do not belong together; start the job in another folder."
+            )
+        return plan
+
+    @property
+    def holds_together(self) -> bool:
+        """Whether files and shards fit one another: a plan that was elsewhere may say anything."""
+        first, known = 0, [*self.hashes, *(name for header in self.headers for name in header)]
+        fits = len(self.files) == len(self.hashes) == len(self.headers) and all(isinstance(one, str) for one in known)
+        fits &= isinstance(self.shard_rows, int) and all(file.file_format in FORMATS for file in self.files)
+        for place, shard in enumerate(self.shards):
+            spans = shard.spans
+            fits &= (shard.index, shard.first_row, shard.rows) == (place, first, sum(span.rows for span in spans))
+            fits &= all(0 <= span.file < len(self.files) and 0 <= span.start <= span.stop and span.rows >= 0 for span in spans)
+            first += shard.rows
+        return fits
+
+
+def _shard(value: dict[str, Any]) -> Shard:
+    spans = tuple(made_of(Span, span, _FILE) for span in value["spans"])
+    return made_of(Shard, {**value, "spans": spans}, _FILE)
 
 
 class _Cutter:
@@ -172,7 +197,7 @@ def _scan_lines(cutter: _Cutter, index: int, file: InputFile, columns: Columns) 
     """Every line of text is a row; of JSON lines those that are not blank."""
     digest, place, first = hashlib.sha256(), 0, file.file_format == "jsonl"
     with file.open() as stream:
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(bounded_lines(stream, file.url), start=1):
             row = bool(line.strip()) or file.file_format == "txt"
             if row and first:
                 _check_first(line, f"{file.url}, line {number}", columns)
@@ -194,9 +219,9 @@ def _check_first(line: bytes, place: str, columns: Columns) -> None:
 
 def _scan_csv(cutter: _Cutter, index: int, file: InputFile, columns: Columns) -> Scanned:
     digest, place = hashlib.sha256(), 0
-    limit = csv.field_size_limit(sys.maxsize)
+    allow_long_fields()
     with file.open() as stream:
-        lines = CsvLines(stream, beginning=True)
+        lines = CsvLines(bounded_lines(stream, file.url), beginning=True)
         reader = csv.reader(lines, strict=True)
         try:
             header = tuple(next(reader, ()))
@@ -212,8 +237,6 @@ def _scan_csv(cutter: _Cutter, index: int, file: InputFile, columns: Columns) ->
                 place, line = place + len(content), reader.line_num + 1
         except csv.Error as error:
             raise InputError(f"{file.url}, line {reader.line_num}: not valid CSV: {error}.") from error
-        finally:
-            csv.field_size_limit(limit)
     return digest.hexdigest(), header
 
 

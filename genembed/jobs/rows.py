@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from genembed.errors import InputError, JobError
 from genembed.jobs.formats import CsvLines, Stream, parquet_rows, row_bytes
 from genembed.jobs.inputs import InputFile
 from genembed.jobs.plan import Plan, Shard, Span
-from genembed.records import Columns, is_unicode, json_object
+from genembed.records import Columns, allow_long_fields, is_unicode, json_object
 
 
 class Row(NamedTuple):
@@ -110,7 +109,8 @@ def _read_lines(stream: Stream, file: InputFile, plan: Plan, span: Span, digest:
 
 
 def _read_csv(stream: Stream, file: InputFile, plan: Plan, span: Span, digest: Any) -> Iterator[_Found]:
-    header, limit, line = plan.headers[span.file], csv.field_size_limit(sys.maxsize), span.line
+    allow_long_fields()
+    header, line = plan.headers[span.file], span.line
     reader = csv.reader(CsvLines(io.BytesIO(_span_bytes(stream, span, digest))), strict=True)
     try:
         for values in reader:
@@ -121,8 +121,6 @@ def _read_csv(stream: Stream, file: InputFile, plan: Plan, span: Span, digest: A
             line = span.line + reader.line_num
     except csv.Error as error:
         raise JobError(f"{file.url}, line {span.line + reader.line_num}: not valid CSV any more: {error}.") from error
-    finally:
-        csv.field_size_limit(limit)
 
 
 def _read_parquet(stream: Stream, file: InputFile, plan: Plan, span: Span, digest: Any) -> Iterator[_Found]:

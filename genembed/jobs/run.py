@@ -111,7 +111,7 @@ def _work(root: Path, factory: EncoderFactory, place: Place, complaints: Any) ->
     try:
         Worker(JobFolder(root), factory, place).run()
     except GenembedError as error:
-        complaints.put(f"{error}")
+        complaints.put(f"{error!s:.4000}")  # what does not fit into a pipe would wait for a reader that waits for this process
         raise SystemExit(2) from error
 
 

@@ -73,7 +73,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is damaged: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: is damaged: it holds no JSON object.")
@@ -82,7 +82,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 _TYPES: Mapping[str, type | tuple[type, ...]] = {
     **{"int": int, "str": str, "float": (int, float), "Mapping[str, Any]": dict},
-    **{"int | None": (int, NoneType), "str | None": (str, NoneType)},
+    **{"int | None": (int, NoneType), "str | None": (str, NoneType), "tuple[Span, ...]": tuple},
 }
 """Of plain fields, by their annotations."""
 

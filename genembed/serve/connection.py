@@ -9,7 +9,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_BYTES = 64 << 10
-"""Longest head of a request; as much again may be read before the server notices."""
+"""Longest head of a request, and of what stands behind a body's last chunk; as much again may be read before the server notices."""
 
 _TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 _TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
@@ -28,7 +28,6 @@ class Connection(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         self._head_seconds = head_seconds
         self._head_bytes = 0
-        self._in_head = True
         self._late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -42,25 +41,29 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Read on, and give up a head that does not end."""
-        if self._in_head:
-            self._head_bytes += len(data)
+        """Read on, and give up a head that does not end, or trailers, or a chunk's size; a part of a body begins the count anew."""
+        self._head_bytes += len(data)
         super().data_received(data)
-        if self._in_head and self._head_bytes > HEAD_BYTES:
+        if self._head_bytes > HEAD_BYTES:
             self._refuse(_TOO_LONG)
 
     def on_message_begin(self) -> None:
         """Wait for the head that has begun."""
         super().on_message_begin()
-        self._in_head, self._head_bytes = True, 0
+        self._head_bytes = 0
         if self._late is None:
             self._wait()
 
     def on_headers_complete(self) -> None:
         """Let the application have the request."""
-        self._in_head = False
+        self._head_bytes = 0
         self._arrived()
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Hand a part of the body on."""
+        self._head_bytes = 0
+        super().on_body(body)
 
     def _wait(self) -> None:
         self._late = self.loop.call_later(self._head_seconds, self._refuse, _TOO_SLOW)

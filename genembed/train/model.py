@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from genembed import cpu
 from genembed.backbone import Backbone, SoftTokenHead
-from genembed.checkpoint import ADAPTER_WEIGHTS, load, quiet, twin
+from genembed.checkpoint import ADAPTER_WEIGHTS, check_adapter, load, quiet, twin
 from genembed.errors import CheckpointError, ConfigurationError
 from genembed.halting import FixedSteps
 from genembed.pooling import Pooling
@@ -193,6 +193,7 @@ def _adapted(model: PreTrainedModel, recipe: Recipe) -> Any | None:
     from peft import LoraConfig, get_peft_model
 
     targets = recipe.lora.targets if isinstance(recipe.lora.targets, str) else list(recipe.lora.targets)
+    check_adapter({"peft_type": "LORA", "target_modules": targets}, "lora.targets")  # or what is saved could not be loaded
     config = LoraConfig(
         r=recipe.lora.rank,
         lora_alpha=recipe.lora.alpha,

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from genembed.errors import ConfigurationError, DataError, missing_extra
+from genembed.errors import ConfigurationError, DataError, InputError, missing_extra
+from genembed.records import plain_rows
 
 HUB = "hf:"
 """Begins the path of a data set on the hub: `hf:NAME`, or `hf:NAME:SPLIT`."""
@@ -100,9 +101,9 @@ def _parquet_rows(path: str, select: Select) -> Iterator[tuple[int, Row]]:
     try:
         with parquet.ParquetFile(path) as table:
             batches = table.iter_batches(batch_size=_BATCH_ROWS, columns=select(table.schema_arrow.names))
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
+            yield from enumerate((row for batch in batches for row in plain_rows(batch, path)), start=1)
+    except (pyarrow.ArrowException, UnicodeDecodeError, InputError) as error:
+        raise DataError(str(error) if isinstance(error, InputError) else f"{path}: cannot be read as Parquet: {error}") from error
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
