@@ -52,10 +52,10 @@ class Rates:
         return max(operations / self.products[dtype], moved / self.bandwidth)
 
 
-def measure() -> Rates:
-    """Time products and a copy on the threads that Torch uses."""
+def measure(*, int8: bool = False) -> Rates:
+    """Time products and a copy on the threads that Torch uses; int8 on demand, as it takes minutes where it is slow."""
     found: dict[str, float] = {}
-    for dtype, makers in _makers().items():
+    for dtype, makers in _makers(int8=int8).items():
         rates = [
             2 * rows * inputs * outputs / _seconds(make(rows, inputs, outputs)) for make in makers for rows, inputs, outputs in PRODUCTS
         ]
@@ -88,13 +88,13 @@ def _int8(rows: int, inputs: int, outputs: int) -> Callable[[], Any]:
     return lambda: torch._int_mm(first, second)
 
 
-def _makers() -> dict[str, Sequence[Callable[[int, int, int], Callable[[], Any]]]]:
+def _makers(*, int8: bool) -> dict[str, Sequence[Callable[[int, int, int], Callable[[], Any]]]]:
     """Return the products there are on this machine, by type."""
     floats = {
         str(dtype).removeprefix("torch."): (_plain(dtype), *([_packed(dtype)] if packable(torch.empty(1, dtype=dtype)) else []))
         for dtype in (torch.float32, torch.bfloat16)
     }
-    return {**floats, "int8": (_int8,)}
+    return {**floats, **({"int8": (_int8,)} if int8 else {})}
 
 
 @torch.inference_mode()
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32, 128])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rates = measure()
+    rates = measure(int8=True)
     shown = [[dtype, f"{rate / 1e9:.0f} Gop/s"] for dtype, rate in rates.products.items()]
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
     print(table(["product", "rate"], [*shown, ["copy", f"{rates.bandwidth / 1e9:.1f} GB/s"]]))

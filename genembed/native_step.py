@@ -40,6 +40,7 @@ class Plan:
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self._read: list[tuple[Any, str, int]] = []
+        self._rotations: tuple[Tensor, ...] = ()
         self.model = model = native.Model()
         part = backbone.stepper
         if type(part).__name__ in _DECODERS:
@@ -66,13 +67,15 @@ class Plan:
         """Make sure that rotations are known for so many positions."""
         if self._rotary is None or positions <= self.positions:
             return
-        self.positions = 1 << (positions - 1).bit_length()
+        length = 1 << (positions - 1).bit_length()
         real = torch.promote_types(self.backbone.dtype, torch.float32)
-        cosines, sines = self._rotary(torch.zeros(1, dtype=real), torch.arange(self.positions)[None])
-        self._rotations = cosines[0].contiguous(), sines[0].contiguous()
+        cosines, sines = self._rotary(torch.zeros(1, dtype=real), torch.arange(length)[None])
+        tables = cosines[0].contiguous(), sines[0].contiguous()
+        self._rotations += tables  # the shorter ones stay: another thread may be reading them
         if cosines.shape[-1] != self.model.head_dim:
             raise NativeError(f"rotations of {cosines.shape[-1]} of {self.model.head_dim} dimensions are none that steps in C know.")
-        self.model.cosines, self.model.sines = (table.data_ptr() for table in self._rotations)
+        self.model.cosines, self.model.sines = (table.data_ptr() for table in tables)
+        self.positions = length
 
     def _decoder(self, part: Any) -> list[native.Layer]:
         """Norms stand before both halves of a layer, and after the last layer."""
