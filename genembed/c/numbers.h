@@ -19,6 +19,12 @@
 #define PAUSE() ((void)0)
 #endif
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#error "a compiler with __builtin_shufflevector is needed: GCC 12 or newer, or Clang"
+#endif
+
 #ifdef DOUBLE
 typedef double real;
 #else

@@ -3,28 +3,52 @@
 #pragma once
 #include "model.h"
 
-static inline void dot_4(const stored *w, int64_t stride, const real *x, int64_t n, real *y) {
-    real a = 0, b = 0, c = 0, d = 0;
-#pragma omp simd reduction(+ : a, b, c, d)
-    for (int64_t i = 0; i < n; i++) {
-        a += wide(w[i]) * x[i];
-        b += wide(w[stride + i]) * x[i];
-        c += wide(w[2 * stride + i]) * x[i];
-        d += wide(w[3 * stride + i]) * x[i];
-    }
-    y[0] = a, y[1] = b, y[2] = c, y[3] = d;
+enum { LANES = 32 / sizeof(real), OUTPUTS = 4 };
+
+typedef real Lanes __attribute__((vector_size(32), aligned(sizeof(real))));
+
+static inline Lanes load(const real *from) { return *(const Lanes *)from; }
+
+#ifdef BFLOAT16
+typedef uint16_t Halves __attribute__((vector_size(16), aligned(2)));
+typedef uint32_t Bits __attribute__((vector_size(32)));
+static inline Lanes load_wide(const stored *from) { return (Lanes)(__builtin_convertvector(*(const Halves *)from, Bits) << 16); }
+#else
+static inline Lanes load_wide(const stored *from) { return load(from); }
+#endif
+
+/* The sums of four vectors; added by pairs of neighbours, so that four cost little more than one. */
+static inline void sums_of_4(Lanes a, Lanes b, Lanes c, Lanes d, real *y) {
+#ifdef DOUBLE
+    Lanes ab = SHUFFLE(a, b, 0, 4, 2, 6) + SHUFFLE(a, b, 1, 5, 3, 7), cd = SHUFFLE(c, d, 0, 4, 2, 6) + SHUFFLE(c, d, 1, 5, 3, 7);
+    y[0] = ab[0] + ab[2], y[1] = ab[1] + ab[3], y[2] = cd[0] + cd[2], y[3] = cd[1] + cd[3];
+#else
+    Lanes ab = SHUFFLE(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + SHUFFLE(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+    Lanes cd = SHUFFLE(c, d, 0, 8, 2, 10, 4, 12, 6, 14) + SHUFFLE(c, d, 1, 9, 3, 11, 5, 13, 7, 15);
+    Lanes all = SHUFFLE(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+    for (int i = 0; i < 4; i++) y[i] = all[i] + all[i + 4];
+#endif
 }
 
-static inline void dot_4_of_2(const stored *w, int64_t stride, const real *x, const real *z, int64_t n, real *y, real *v) {
-    real a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0;
-#pragma omp simd reduction(+ : a, b, c, d, e, f, g, h)
-    for (int64_t i = 0; i < n; i++) {
-        real p = wide(w[i]), q = wide(w[stride + i]), r = wide(w[2 * stride + i]), s = wide(w[3 * stride + i]);
-        a += p * x[i], b += q * x[i], c += r * x[i], d += s * x[i];
-        e += p * z[i], f += q * z[i], g += r * z[i], h += s * z[i];
+/* Four outputs of ROWS rows: w [4, n] times x [ROWS, n], as many sums at a time as there are registers for. */
+#define DEFINE_DOTS(ROWS)                                                                                                      \
+    static void dots_##ROWS(const stored *w, const real *x, int64_t n, real *y, int64_t y_stride) {                            \
+        Lanes sums[ROWS][OUTPUTS] = {0};                                                                                       \
+        int64_t i = 0;                                                                                                         \
+        for (; i + LANES <= n; i += LANES) {                                                                                   \
+            Lanes v[OUTPUTS];                                                                                                  \
+            for (int o = 0; o < OUTPUTS; o++) v[o] = load_wide(w + o * n + i);                                                 \
+            for (int r = 0; r < ROWS; r++)                                                                                     \
+                for (int o = 0; o < OUTPUTS; o++) sums[r][o] += v[o] * load(x + r * n + i);                                    \
+        }                                                                                                                      \
+        for (int r = 0; r < ROWS; r++) sums_of_4(sums[r][0], sums[r][1], sums[r][2], sums[r][3], y + r * y_stride);            \
+        for (; i < n; i++)                                                                                                     \
+            for (int r = 0; r < ROWS; r++)                                                                                     \
+                for (int o = 0; o < OUTPUTS; o++) y[r * y_stride + o] += wide(w[o * n + i]) * x[r * n + i];                    \
     }
-    y[0] = a, y[1] = b, y[2] = c, y[3] = d, v[0] = e, v[1] = f, v[2] = g, v[3] = h;
-}
+DEFINE_DOTS(1)
+DEFINE_DOTS(2)
+DEFINE_DOTS(3)
 
 static inline real dot_1(const stored *w, const real *x, int64_t n) {
     real sum = 0;
@@ -35,19 +59,18 @@ static inline real dot_1(const stored *w, const real *x, int64_t n) {
 
 /* Outputs [begin, end) of a linear layer for all rows, row r's first one at out[r * out_stride]. Four weights' rows are read at a time and
    used for all rows while they are in the nearest cache. */
-static void product(const Linear *layer, const real *in, int64_t in_stride, real *out, int64_t out_stride, int64_t rows, int64_t begin,
-                    int64_t end) {
+static void product(const Linear *layer, const real *in, real *out, int64_t out_stride, int64_t rows, int64_t begin, int64_t end) {
     int64_t n = layer->inputs, o = begin;
-    for (; o + 4 <= end; o += 4) {
+    for (; o + OUTPUTS <= end; o += OUTPUTS) {
         const stored *w = layer->weight + o * n;
         real *y = out + o - begin;
         int64_t r = 0;
-        for (; r + 2 <= rows; r += 2, y += 2 * out_stride)
-            dot_4_of_2(w, n, in + r * in_stride, in + (r + 1) * in_stride, n, y, y + out_stride);
-        if (r < rows) dot_4(w, n, in + r * in_stride, n, y);
+        for (; r + 3 <= rows; r += 3) dots_3(w, in + r * n, n, y + r * out_stride, out_stride);
+        if (rows - r == 2) dots_2(w, in + r * n, n, y + r * out_stride, out_stride);
+        if (rows - r == 1) dots_1(w, in + r * n, n, y + r * out_stride, out_stride);
     }
     for (; o < end; o++)
-        for (int64_t r = 0; r < rows; r++) out[r * out_stride + o - begin] = dot_1(layer->weight + o * n, in + r * in_stride, n);
+        for (int64_t r = 0; r < rows; r++) out[r * out_stride + o - begin] = dot_1(layer->weight + o * n, in + r * n, n);
     if (layer->bias)
         for (int64_t r = 0; r < rows; r++)
             for (o = begin; o < end; o++) out[r * out_stride + o - begin] += wide(layer->bias[o]);
@@ -56,7 +79,7 @@ static void product(const Linear *layer, const real *in, int64_t in_stride, real
 /* A thread's range of the outputs, for buffers of one row after another. */
 static void product_of_thread(const Linear *layer, const real *in, real *out, int64_t rows, const Thread *thread) {
     int64_t begin = from(layer->outputs, thread), end = to(layer->outputs, thread);
-    product(layer, in, layer->inputs, out + begin, layer->outputs, rows, begin, end);
+    product(layer, in, out + begin, layer->outputs, rows, begin, end);
 }
 
 static void layer_norm(const Norm *norm, const real *in, real *out, int64_t n) {

@@ -41,7 +41,7 @@ static void mix_split(const Model *model, const real *prepared, int64_t rows, in
     }
     for (int64_t first = begin; first < end; first += BLOCK) {
         int64_t count = end - first < BLOCK ? end - first : BLOCK;
-        product(&head->vocabulary, prepared, model->hidden, logits, BLOCK, rows, first, first + count);
+        product(&head->vocabulary, prepared, logits, BLOCK, rows, first, first + count);
         for (int64_t r = 0; r < rows; r++) mix_block(head, model->hidden, first, count, logits + r * BLOCK, &parts[r]);
     }
 }
