@@ -42,7 +42,7 @@ class Plan:
         self._read: list[tuple[Any, str, int]] = []
         self._rotations: tuple[Tensor, ...] = ()
         self.model = model = native.Model()
-        part = backbone.stepper
+        part: Any = backbone.stepper
         if type(part).__name__ in _DECODERS:
             layers = self._decoder(part)
         elif type(part).__name__ == "BertModel":
@@ -53,7 +53,7 @@ class Plan:
         model.hidden, model.widest = backbone.hidden_size, max(layer.up.outputs for layer in layers)
         model.head = self._head()
         self._rotary = getattr(part, "rotary_emb", None)
-        self.positions = 0 if self._rotary is not None else part.config.max_position_embeddings
+        self.positions: int = 0 if self._rotary is not None else part.config.max_position_embeddings
         """Positions that a row may have: those of a table, or those for which rotations are known."""
         self.reach(1)
         _check(model, layers)
