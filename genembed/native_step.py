@@ -40,6 +40,7 @@ class Plan:
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self._read: list[tuple[Any, str, int]] = []
+        self._merged: list[Any] = []
         self._rotations: tuple[Tensor, ...] = ()
         self.model = model = native.Model()
         part: Any = backbone.stepper
@@ -61,7 +62,8 @@ class Plan:
     @property
     def fresh(self) -> bool:
         """Whether the model has the tensors that were read; what is in them may have changed."""
-        return all(getattr(owner, name).data_ptr() == pointer for owner, name, pointer in self._read)
+        merged = all(layer.merged for layer in self._merged)
+        return merged and all(getattr(owner, name).data_ptr() == pointer for owner, name, pointer in self._read)
 
     def reach(self, positions: int) -> None:
         """Make sure that rotations are known for so many positions."""
@@ -159,7 +161,10 @@ class Plan:
         model.heads, model.kv_heads, model.head_dim = heads, kv_heads, head_dim
         model.attention_scale, model.after_norm = scale, after_norm
 
-    def _linear(self, layer: nn.Module) -> native.Linear:
+    def _linear(self, layer: Any) -> native.Linear:
+        if getattr(layer, "merged", False):  # PEFT's layer around one whose weight has the adapter in it
+            self._merged.append(layer)
+            layer = layer.base_layer
         if type(layer) is not nn.Linear:
             raise NativeError(f"{type(layer).__name__} is no plain linear layer.")
         return native.Linear(self._pointer(layer, "weight"), self._pointer(layer, "bias"), *layer.weight.shape)

@@ -183,6 +183,24 @@ UNKNOWN: dict[str, tuple[Callable[[], Backbone], str]] = {
 }
 
 
+def test_an_adapter_is_known_as_long_as_it_is_in_the_weights() -> None:
+    """A converted folder merges its adapter to encode, and had other last digits than the library."""
+    from genembed.integrations.merging import MergedAdapter
+
+    backbone = with_adapter()
+    for name, weight in backbone.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    merged, engine = MergedAdapter(backbone.model), Engine(backbone)
+    assert engine.done_in_c == "steps of few rows, attention of all"
+    inside = np.concatenate([done.vectors for done in engine.run(PROMPTS[:1], FixedSteps(3))])
+    np.testing.assert_allclose(inside, vectors(backbone, PROMPTS[:1], steps=3, native=False), atol=2e-7)
+    merged.undo()
+    assert engine.done_in_c.startswith("attention: Linear is no plain linear layer")
+    beside = np.concatenate([done.vectors for done in engine.run(PROMPTS[:1], FixedSteps(3))])
+    np.testing.assert_allclose(beside, inside, atol=2e-7)
+
+
 @pytest.mark.parametrize("kind", list(UNKNOWN))
 def test_what_steps_in_c_do_not_know_is_named_and_gets_its_attention_from_c(kind: str) -> None:
     made, reason = UNKNOWN[kind]
