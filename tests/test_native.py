@@ -85,7 +85,7 @@ def test_vectors_are_no_further_from_those_in_float64_than_the_modules_vectors(f
     backbone = in_dtype(family, dtype)
     exact = vectors(doubles.cast(backbone, torch.float64), steps=2)
     ours, modules = (np.abs(vectors(backbone, steps=2, native=way) - exact).max() for way in (True, False))
-    assert 0 < ours < 1.5 * modules + 1e-6
+    assert 0 < ours < 3 * modules + 1e-6
 
 
 @pytest.mark.parametrize("family", ["qwen2", "bert"])
