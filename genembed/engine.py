@@ -137,13 +137,11 @@ class Engine:
 
 def _rows_source(backbone: Backbone, budget: Budget) -> tuple[RowsCache | NativeRows | None, str]:
     """Return what makes the rows of decode batches faster on this device, None for the plain ones; and why nothing is done in C."""
-    device = backbone.device.type
-    if device == "cuda" and budget.record_steps and backbone.packable:
-        return RowsCache(backbone, record=cuda_graph), "on a GPU"
+    if budget.native is False or (backbone.device.type == "cuda" and budget.native is None):
+        records = backbone.device.type == "cuda" and budget.record_steps and backbone.packable
+        return RowsCache(backbone, record=cuda_graph) if records else None, "on cuda" if budget.native is None else "Budget(native=False)"
     try:
-        if not backbone.packable or device != "cpu":
-            raise NativeError("read in padded batches" if device == "cpu" else f"on {device}")
-        return (NativeRows(backbone), "") if budget.native is not False else (None, "Budget(native=False)")
+        return NativeRows(backbone), ""
     except NativeError as error:
         if budget.native:
             raise ConfigurationError(f"native=True: {error}") from error

@@ -141,6 +141,11 @@ class Attention:
         return result
 
 
+def attends(key_dim: int, value_dim: int) -> bool:
+    """Whether attention in C can do heads of these sizes; it keeps a query on the stack, and reads values as long as keys."""
+    return key_dim == value_dim <= MOST_DIM
+
+
 def pools(tensors: Sequence[tuple[Tensor | None, ...]]) -> ctypes.Array[Pool]:
     """Describe the pool of each layer: keys, values, and those of the shared prefix or None; they must outlive what is returned."""
     described = [Pool(*(None if tensor is None else tensor.data_ptr() for tensor in own)) for own in tensors]

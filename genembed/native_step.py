@@ -54,7 +54,7 @@ class Plan:
         model.hidden, model.widest = backbone.hidden_size, max(layer.up.outputs for layer in layers)
         model.head = self._head()
         self._rotary = getattr(part, "rotary_emb", None)
-        self.positions: int = 0 if self._rotary is not None else part.config.max_position_embeddings
+        self.positions: int = 0 if self._rotary is not None else len(part.embeddings.position_embeddings.weight)
         """Positions that a row may have: those of a table, or those for which rotations are known."""
         self.reach(1)
         _check(model, layers)
@@ -137,6 +137,10 @@ class Plan:
         backbone, head = self.backbone, self.backbone.head
         if backbone.settings.tokens != "soft":
             raise NativeError(f"tokens={backbone.settings.tokens!r}: steps in C speak soft tokens alone.")
+        if backbone.spoken.shape != head.weight.shape:
+            raise NativeError(
+                f"a table of shape {tuple(backbone.spoken.shape)} under a head of shape {tuple(head.weight.shape)} is no vocabulary."
+            )
         dense, norm, activation = native.Linear(), native.Norm(), 0
         if isinstance(head.transform, SoftTokenHead):
             dense, norm = self._linear(head.transform.dense), self._norm(head.transform.norm)
@@ -200,9 +204,14 @@ class NativeRows:
 
     Args:
         backbone: A model on CPU that can be packed.
+
+    Raises:
+        NativeError: If it is not, or nothing can be built.
     """
 
     def __init__(self, backbone: Backbone) -> None:
+        if backbone.device.type != "cpu" or not backbone.packable:
+            raise NativeError(f"on {backbone.device.type}" if backbone.packable else "read in padded batches")
         self.backbone = backbone
         self.library = native.library(backbone.dtype)
         self._plan: Plan | None = None
@@ -296,7 +305,7 @@ def _check(model: native.Model, layers: list[native.Layer]) -> None:
         if layer.gate.weight is not None:
             expected |= {(layer.gate.inputs, hidden), (layer.gate.outputs, wide)}
     wrong = {pair for pair in expected if pair[0] != pair[1]}
-    if wrong or model.heads % model.kv_heads or model.head_dim > native.MOST_DIM:
+    if wrong or model.heads % model.kv_heads or not native.attends(model.head_dim, model.head_dim):
         heads = f"{model.heads} heads of {model.head_dim} dimensions over {model.kv_heads} of keys"
         raise NativeError(f"{heads}, and layers of sizes {sorted(wrong)} instead of one another, are not what steps in C can do.")
 

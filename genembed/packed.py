@@ -251,6 +251,8 @@ class PackedRows(GrowingRows):
         if not self.max_tokens:
             return
         if layer not in self._keys:
+            if not native.attends(key.shape[-1], value.shape[-1]):
+                self.attention = None
             self._keys[layer] = key.new_empty(self.max_rows, key.shape[1], self.max_tokens, key.shape[3])
             # Zeros, not whatever memory holds: a masked score is overwritten, but its weight 0 times NaN would be NaN.
             self._values[layer] = value.new_zeros(self.max_rows, value.shape[1], self.max_tokens, value.shape[3])

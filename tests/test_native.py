@@ -18,7 +18,7 @@ from genembed.backbone import Backbone
 from genembed.engine import Engine
 from genembed.errors import GenembedWarning
 from genembed.native_step import NativeRows, Plan
-from genembed.packed import PackedRows
+from genembed.packed import PackedRows, _Group
 from genembed.settings import HARD_TOKENS
 
 KNOWN = ["qwen2", "qwen3", "llama", "mistral", "mistral-window", "bert"]
@@ -219,6 +219,39 @@ def narrowed() -> Backbone:
 def test_layers_whose_sizes_do_not_fit_together_are_refused_before_c_reads_beside_them() -> None:
     with pytest.raises(native.NativeError, match=r"layers of sizes \[\(8, 16\)\] instead of one another"):
         Plan(narrowed())
+
+
+def test_a_table_of_another_size_than_the_heads_is_refused() -> None:
+    backbone = doubles.trainable(doubles.backbone("llama"))
+    backbone.spoken = backbone.table[:-1].detach()
+    with pytest.raises(native.NativeError, match=r"a table of shape \(319, 32\) under a head of shape \(320, 32\)"):
+        Plan(backbone)
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim", "in_c"), [(8, 8, True), (512, 512, True), (8, 4, False), (520, 520, False)])
+def test_heads_that_do_not_fit_on_the_stack_of_c_are_attended_to_by_torch(key_dim: int, value_dim: int, in_c: bool) -> None:
+    """C wrote behind its buffer for heads of more than 512 dimensions, and read values as long as keys."""
+    backbone = doubles.backbone("qwen2")
+    attention = native.Attention(native.library(torch.float64))
+    found = []
+    for own in (attention, None):
+        torch.manual_seed(0)
+        rows = PackedRows(backbone, max_rows=1, max_tokens=8, attention=own)
+        rows.admit(doubles.prompts([3]))
+        rows._keys, rows._values, rows._pools = {}, {}, None
+        rows._store(0, _Group(0, 0, 1, 3), torch.randn(1, 2, 3, key_dim).double(), torch.randn(1, 2, 3, value_dim).double())
+        assert (rows.attention is not None) is (in_c and own is not None)
+        rows._used += 1
+        query, key, value = (torch.randn(heads, 1, size).double() for heads, size in ((4, key_dim), (2, key_dim), (2, value_dim)))
+        found.append(rows._attend_step(0, query, key, value, 0.5, None, None))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
+
+
+def test_asking_for_c_where_it_cannot_be_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = doubles.trainable(doubles.backbone("qwen2"))
+    monkeypatch.setattr(Backbone, "device", torch.device("cuda"))
+    with pytest.raises(ConfigurationError, match="native=True: on cuda"):
+        Engine(backbone, Budget(native=True, pack_weights=False))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])

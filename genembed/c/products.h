@@ -90,7 +90,7 @@ static void layer_norm(const Norm *norm, const real *in, real *out, int64_t n) {
 #pragma omp simd reduction(+ : square)
     for (int64_t i = 0; i < n; i++) square += (in[i] - mean) * (in[i] - mean);
     real factor = 1 / (real)sqrt(square / n + norm->epsilon);
-    for (int64_t i = 0; i < n; i++) out[i] = (in[i] - mean) * factor * (norm->weight ? wide(norm->weight[i]) : 1);
+    for (int64_t i = 0; i < n; i++) out[i] = (in[i] - mean) * factor * wide(norm->weight[i]);
     if (norm->bias)
         for (int64_t i = 0; i < n; i++) out[i] += wide(norm->bias[i]);
 }

@@ -59,7 +59,7 @@ static void soft_token(const Model *model, const stored *hidden, int64_t rows, S
         meet(thread);
         normalise_rows(&head->norm, space->middle, mine, rows, n);
     }
-    for (int64_t s = from(SPLITS, thread); s < to(SPLITS, thread); s++) mix_split(model, mine, rows, s, space->parts + s * rows);
+    for (int64_t s = thread->index; s < SPLITS; s += thread->count) mix_split(model, mine, rows, s, space->parts + s * rows);
     meet(thread);
     for (int64_t r = 0; r < rows; r++) join_parts(model, space->parts, rows, r, from(n, thread), to(n, thread), space->state + r * n);
 }
